@@ -1,0 +1,3 @@
+from matfm.app.cli import main
+
+main()
