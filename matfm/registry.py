@@ -76,7 +76,7 @@ class Registry(NameTable):
         cls = self.get(d.pop("name"))
         return cls.from_dict(d) if issubclass(cls, Spec) else cls(**d)
 
-# %% ../nbs/01_registry.ipynb #faddde9a
+# %% ../nbs/01_registry.ipynb #a2859a74
 representations = Registry("representation")
 encoders = Registry("encoder")
 objectives = Registry("objective")
@@ -86,6 +86,7 @@ potentials = Registry("potential")
 generators = Registry("generator")
 oracles = Registry("oracle")
 
+# %% ../nbs/01_registry.ipynb #6c6953ca
 def registries() -> dict[str, Registry]:
     "All of them, by kind."
     return {r.kind: r for r in (representations, encoders, objectives, baselines, splitters, potentials, generators, oracles)}

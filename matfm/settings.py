@@ -48,16 +48,18 @@ class Settings(Spec):
         "A path-valued setting as an absolute path, `~` expanded, relative to `root`."
         return (Path(self.root) / Path(getattr(self, name)).expanduser()).absolute()
 
-# %% ../nbs/02_settings.ipynb #4d60a153
+# %% ../nbs/02_settings.ipynb #c63cabef
 KEYS = [f.name for f in dataclasses.fields(Settings) if f.name != "root"]
 SECTIONS = sorted({k.split("_", 1)[0] for k in KEYS})
 OWN_VARIABLES = ["MATFM_SETTINGS", "MATFM_RUN_DIR"]  # a file to read; set by the runner for the notebook it executes
 
+# %% ../nbs/02_settings.ipynb #d8976ccb
 def _typed(key: str, text: str, origin: str) -> Any:
     if isinstance(getattr(Settings, key), str): return text.strip()
     try: return int(text)
     except ValueError: raise BadInput(f"{origin}: {key} must be a whole number, got {text!r}") from None
 
+# %% ../nbs/02_settings.ipynb #533a9190
 def find_settings(start: str | os.PathLike = ".") -> Path | None:
     "The nearest `settings.ini` with one of our sections, in `start` or above it."
     for folder in [p := Path(start).absolute(), *p.parents]:
@@ -67,7 +69,7 @@ def find_settings(start: str | os.PathLike = ".") -> Path | None:
         if found and set(ini.sections()) & set(SECTIONS): return folder / "settings.ini"
     return None
 
-# %% ../nbs/02_settings.ipynb #5c322f03
+# %% ../nbs/02_settings.ipynb #ca58acb1
 def _from_file(path: Path) -> dict[str, Any]:
     ini = configparser.ConfigParser(interpolation=None)
     try: ini.read(path, encoding="utf-8")
@@ -75,6 +77,7 @@ def _from_file(path: Path) -> dict[str, Any]:
     pairs = {f"{pick(s, SECTIONS, f'section of {path.name}')}_{k}": v for s in ini.sections() for k, v in ini[s].items()}
     return {pick(k, KEYS, f"key of {path.name}"): _typed(k, v, str(path)) for k, v in pairs.items()}
 
+# %% ../nbs/02_settings.ipynb #489a246a
 def _from_environment(env: Mapping[str, str]) -> dict[str, Any]:
     out = {}
     for name, text in env.items():
@@ -83,6 +86,7 @@ def _from_environment(env: Mapping[str, str]) -> dict[str, Any]:
         out[key] = _typed(key, text, name)
     return out
 
+# %% ../nbs/02_settings.ipynb #8283afe6
 def load_settings(
     path: str | os.PathLike | None = None,  # a settings file; None: `MATFM_SETTINGS`, else the nearest one
     env: Mapping[str, str] | None = None,   # the environment; None: this process's
