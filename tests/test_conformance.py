@@ -1,0 +1,213 @@
+"""Everything registered goes through the conformance suite of `matfm.testing`; a registered name without a case is a failure."""
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+
+from matfm import testing
+from matfm.core import MissingExtra
+from matfm.data.records import Crystal, Records, compositions, crystals, molecules
+from matfm.registry import registries
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    import torch
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# ---- small records ---------------------------------------------------------------------------------------------------
+
+SMILES = ["CCO", "c1ccccc1O", "CC(=O)N", "C[N+](C)(C)C", "C", "OC(=O)C1CC1", "C/C=C/Cl", "N[C@@H](C)C(=O)O"]
+ANIONS, CATIONS = [8, 9, 16, 17], [3, 11, 12, 20, 22, 26, 30, 13]
+
+
+def crystal(k: int) -> Crystal:
+    "A low-symmetry cell of three to five sites, two or three elements."
+    rng = np.random.default_rng(k)
+    n = 3 + k % 3
+    lattice = np.diag([4.0, 4.4, 4.9]) * (n / 3) ** (1 / 3) + rng.uniform(-0.3, 0.3, (3, 3))
+    grid = np.array([[0, 0, 0], [0.5, 0.5, 0.1], [0.1, 0.5, 0.55], [0.55, 0.05, 0.5], [0.8, 0.8, 0.75]])[:n]
+    numbers = [CATIONS[k % 8], ANIONS[k % 4], ANIONS[k % 4], CATIONS[(k + 3) % 8], ANIONS[(k + 1) % 4]][:n]
+    return Crystal(lattice, numbers, (grid + rng.uniform(-0.03, 0.03, grid.shape)) % 1)
+
+
+@cache
+def records(domain: str) -> Records:
+    "Eight records with a number to learn and a class; the second number is missing once."
+    y = [0.5, 1.0, -0.3, 2.0, 0.1, 1.4, -1.0, 0.7]
+    targets, units = {"a": y, "b": [*y[1:], float("nan")]}, {"a": "eV", "b": ""}
+    cells = [crystal(k) for k in range(8)]
+    kept, rejected = {"molecule": lambda: molecules(SMILES, targets, units, canonical=False),
+                      "crystal": lambda: crystals(cells, targets, units),
+                      "composition": lambda: compositions([c.formula for c in cells], targets, units)}[domain]()
+    assert len(kept) == 8 and len(rejected) == 0, rejected
+    return kept
+
+
+def renumbered(smiles: str) -> str:
+    "The same molecule, its atoms in reverse order."
+    from rdkit import Chem
+    mol = Chem.MolFromSmiles(smiles)
+    mol = Chem.RenumberAtoms(mol, list(range(mol.GetNumAtoms()))[::-1])
+    return Chem.MolToSmiles(mol, canonical=False)
+
+
+# ---- the table: one case for every registered name -------------------------------------------------------------------
+
+REPRESENTATIONS: dict[str, Callable[[Any], Any]] = {
+    "smiles": lambda cls: cls.default(),
+    "molecule_graph": lambda cls: cls(),
+    "crystal_graph": lambda cls: cls(cutoff=4.5),
+    "ecfp": lambda cls: cls(bits=64),
+    "rdkit_descriptors": lambda cls: cls(),
+    "composition_stats": lambda cls: cls(),
+}
+ENCODERS: dict[str, tuple[dict[str, Any], Callable[[Any], Any] | None]] = {  # configuration; the same record in another order
+    "transformer": (dict(width=24, depth=2, heads=2), None),
+    "molecule_gnn": (dict(width=24, depth=2), renumbered),
+    "crystal_gnn": (dict(width=24, depth=2, basis=16), testing.reordered),
+}
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    ("transformer", dict(feed_forward="swiglu", norm="rms", pool="cls")),
+    ("molecule_gnn", dict(pool="sum")),
+]
+OBJECTIVES: dict[str, tuple[str, dict[str, Any]]] = {  # encoder; options
+    "masked_tokens": ("transformer", {}),
+    "element_shuffling": ("crystal_gnn", {}),
+    "denoise": ("crystal_gnn", {}),
+    "mixed": ("crystal_gnn", dict(parts=("element_shuffling", "denoise"), weights=(1.0, 0.5))),
+}
+BASELINES: dict[str, tuple[str, ...]] = {  # domains
+    "dummy": ("molecule", "crystal", "composition"),
+    "ecfp_forest": ("molecule",),
+    "composition_forest": ("crystal", "composition"),
+}
+SPLITTERS: dict[str, tuple[str, ...]] = {
+    "random": ("molecule", "crystal", "composition"),
+    "scaffold": ("molecule",),
+    "composition": ("crystal", "composition"),
+}
+POTENTIALS: dict[str, dict[str, Any]] = {  # how exact: CHGNet computes in single precision
+    "chgnet": dict(step=1e-2, tolerance=3e-2),
+    "lennard_jones": dict(step=1e-4, tolerance=1e-4),
+}
+TABLES: dict[str, dict] = {"representation": REPRESENTATIONS, "encoder": ENCODERS, "objective": OBJECTIVES, "baseline": BASELINES,
+                           "splitter": SPLITTERS, "potential": POTENTIALS, "generator": {}, "oracle": {}}
+
+
+def registered(kind: str):
+    "One test for each name of a registry, and for each case of the table."
+    return pytest.mark.parametrize("name", sorted({*registries()[kind].names(), *TABLES[kind]}))
+
+
+def case(kind: str, name: str) -> tuple[Any, Any]:
+    "The registered class and its case."
+    if name not in TABLES[kind]:
+        pytest.fail(f"the {kind} {name!r} is registered and has no case in tests/test_conformance.py")
+    return registries()[kind].get(name), TABLES[kind][name]
+
+
+def made(encoder: str, **more: Any) -> tuple[Any, Any, Records]:
+    "A small encoder, its representation and eight records."
+    from matfm.models.zoo import from_scratch
+    cls, (config, _) = case("encoder", encoder)
+    rep_cls, make = case("representation", cls.representation)
+    p = from_scratch(make(rep_cls), encoder, seed=0, **{**config, **more})
+    return p.encoder, p.representation, records(rep_cls.domain)
+
+
+# ---- the tests -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", sorted(TABLES))
+def test_every_name_has_a_case(kind):
+    assert set(registries()) == set(TABLES), "a registry without a table of cases"
+    missing = [n for n in registries()[kind].names() if n not in TABLES[kind]]
+    assert not missing, f"no case for the {kind} {', '.join(missing)}"
+
+
+@registered("representation")
+def test_representation(name):
+    cls, make = case("representation", name)
+    testing.check_representation(make(cls), records(cls.domain))
+
+
+@registered("encoder")
+def test_encoder(name):
+    _, (_, permute) = case("encoder", name)
+    encoder, representation, rows = made(name)
+    testing.check_encoder(encoder, representation, rows, permute)
+
+
+@pytest.mark.parametrize("name,options", VARIANTS)
+def test_encoder_variant(name, options):
+    _, (_, permute) = case("encoder", name)
+    encoder, representation, rows = made(name, **options)
+    testing.check_encoder(encoder, representation, rows, permute)
+
+
+@registered("encoder")
+def test_encoder_overfits(name):
+    encoder, representation, rows = made(name)
+    testing.assert_overfits(encoder, representation, rows, rows.y("a")[:, 0])
+
+
+@registered("encoder")
+def test_encoder_same_seed(name):
+    (a, *_), (b, *_), (c, *_) = made(name), made(name), made(name)
+    assert all(bool((p == q).all()) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    import torch
+    with torch.no_grad():
+        next(c.parameters()).add_(1)
+    assert bool((next(a.parameters()) == next(b.parameters())).all()), "two encoders share weights"
+
+
+@pytest.mark.parametrize("max_neighbors", [12, None])
+@pytest.mark.parametrize("k", [0, 1, 2])
+def test_crystal_encoders_are_invariant(max_neighbors, k):
+    from matfm.models.zoo import from_scratch
+    from matfm.represent.crystal import CrystalGraph
+    names = [n for n in ENCODERS if registries()["encoder"].get(n).representation == "crystal_graph"]
+    assert names
+    for name in names:
+        p = from_scratch(CrystalGraph(cutoff=4.5, max_neighbors=max_neighbors), name, **ENCODERS[name][0])
+        testing.assert_invariant(p.encoder, p.representation, crystal(k))
+
+
+@registered("objective")
+def test_objective(name):
+    import matfm.pretrain.objectives  # `mixed` lives there
+    cls, (encoder_name, options) = case("objective", name)
+    encoder, representation, rows = made(encoder_name)
+    testing.check_objective(cls, encoder, representation, rows, **options)
+
+
+@registered("baseline")
+def test_baseline(name):
+    cls, domains = case("baseline", name)
+    for domain in domains:
+        for target in ("a", "b"):
+            testing.check_baseline(cls, records(domain), target)
+
+
+@registered("splitter")
+def test_splitter(name):
+    splitter, domains = case("splitter", name)
+    for domain in domains:
+        testing.check_splitter(splitter, records(domain), fractions=(0.5, 0.25, 0.25), slack=0.26)
+
+
+@registered("potential")
+def test_potential(name):
+    cls, options = case("potential", name)
+    potential = cls()
+    try:
+        potential.energies([crystal(1)])
+    except MissingExtra as e:
+        pytest.skip(str(e))
+    testing.check_potential(potential, crystal(1), **options)
