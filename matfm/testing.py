@@ -24,7 +24,7 @@ __all__ = ['NONSENSE', 'GPA', 'ensure', 'ensure_close', 'structures_of', 'check_
            'assert_overfits', 'check_losses', 'check_objective', 'translated', 'rotated', 'reordered', 'supercell',
            'assert_invariant', 'numeric_force', 'numeric_stress', 'check_potential', 'check_baseline', 'check_splitter']
 
-# %% ../nbs/03_testing.ipynb #902ecf7a
+# %% ../nbs/03_testing.ipynb #f72b7f9c
 def ensure(
     ok: Any,       # true where all is well
     message: str,  # what was expected and what came
@@ -32,6 +32,7 @@ def ensure(
     "Raise `AssertionError` with the message unless `ok`."
     if not ok: raise AssertionError(message)
 
+# %% ../nbs/03_testing.ipynb #a7cfcc0e
 def ensure_close(
     a: Any,             # arrays or tensors of the same shape
     b: Any,
@@ -44,11 +45,12 @@ def ensure_close(
     gap = float(np.abs(a - b).max()) if a.size else 0.0
     ensure(gap <= atol, f"{what}: largest difference {gap:.2e}, allowed {atol:.0e}")
 
+# %% ../nbs/03_testing.ipynb #04828c1a
 def structures_of(records: Any) -> list[Any]:
     "What a representation is called with, for each record."
     return records.structures() if hasattr(records, "structures") else list(records)
 
-# %% ../nbs/03_testing.ipynb #855cb9a3
+# %% ../nbs/03_testing.ipynb #6df42250
 def check_batch(
     batch: Batch,
     records: int,  # how many records it holds, B
@@ -62,7 +64,7 @@ def check_batch(
         axes, dtype, shape = m[1].split(", "), m[2], tuple(value.shape)
         ensure(str(value.dtype) == f"torch.{dtype}", f"batch[{key!r}] must be {dtype}, is {value.dtype}")
         ensure(len(shape) == len(axes), f"batch[{key!r}] must have axes {axes}, has shape {shape}")
-        for axis, n in zip(axes, shape):
+        for axis, n in zip(axes, shape, strict=True):
             want = int(axis) if axis.isdigit() else axes_seen.setdefault(axis, n) if axis in "BNEL" else n
             ensure(n == want, f"batch[{key!r}] has shape {shape}; its axis {axis} should be {want}")
 
@@ -83,7 +85,7 @@ def check_refusals(
         except Exception as e: raise AssertionError(f"{bad!r} must raise BadInput, raised {type(e).__name__}: {e}") from e
         raise AssertionError(f"{bad!r} must raise BadInput, was accepted")
 
-# %% ../nbs/03_testing.ipynb #6e5229eb
+# %% ../nbs/03_testing.ipynb #21fb6dfe
 def check_representation(
     representation: Any,
     records: Any,  # records it can read, at least two
@@ -95,7 +97,7 @@ def check_representation(
     described = json.loads(json.dumps(representations.describe(r)))
     ensure(representations.build(described) == r, f"what describe gives does not build an equal representation: {described}")
     items = [r(s) for s in structures]
-    for s, item in zip(structures, items):
+    for s, item in zip(structures, items, strict=True):
         ensure(_same_item(item, r(s)), f"not pure: a second call on {s!r} gives another item")
         for k, v in item.items():
             ensure(isinstance(v, np.ndarray) and v.dtype.kind in "iufb", f"item[{k!r}] must be a numeric array, is {type(v).__name__}")
@@ -105,7 +107,7 @@ def check_representation(
     check_batch(r.collate(items[:1]), 1)
     check_refusals(r)
 
-# %% ../nbs/03_testing.ipynb #5d9293d9
+# %% ../nbs/03_testing.ipynb #2a397f10
 def collated(
     representation: Any,
     records: Any,
@@ -113,6 +115,7 @@ def collated(
     "All records as one batch."
     return representation.collate([representation(s) for s in structures_of(records)])
 
+# %% ../nbs/03_testing.ipynb #80578c9a
 def check_shapes(
     encoder: Any,
     batch: Batch,
@@ -129,7 +132,7 @@ def check_shapes(
     ensure(bool(e.embedding.isfinite().all() and e.states.isfinite().all()), "embedding and states must be finite")
     ensure(bool((e.embedding == encoder(batch).embedding).all()), "in evaluation mode a second call must give the same numbers")
 
-# %% ../nbs/03_testing.ipynb #f7ed8fc7
+# %% ../nbs/03_testing.ipynb #c0d2aa98
 def check_batching(
     encoder: Any,
     representation: Any,
@@ -144,6 +147,7 @@ def check_batching(
         ensure_close(together.embedding[b], alone.embedding[0], f"embedding of {s!r} in a batch and alone", atol)
         ensure_close(together.states[b][together.mask[b]], alone.states[0][alone.mask[0]], f"states of {s!r} in a batch and alone", atol)
 
+# %% ../nbs/03_testing.ipynb #07a63694
 def check_gradients(
     encoder: Any,
     batch: Batch,
@@ -159,7 +163,7 @@ def check_gradients(
     ensure(not dead, f"no gradient reaches {', '.join(dead)}")
     ensure(all(grad.isfinite().all() for _, grad in trained), "a gradient is not finite")
 
-# %% ../nbs/03_testing.ipynb #259e8298
+# %% ../nbs/03_testing.ipynb #8de5d7c5
 def check_rebuild(
     encoder: Any,
     batch: Batch,
@@ -169,6 +173,7 @@ def check_rebuild(
     twin.load_state_dict(encoder.state_dict())
     ensure_close(twin(batch).embedding, encoder(batch).embedding, "encoder rebuilt from config and weights", 0)
 
+# %% ../nbs/03_testing.ipynb #43dcc094
 def check_encoder(
     encoder: Any,
     representation: Any,
@@ -216,7 +221,7 @@ def assert_overfits(
     ensure(left < below, f"{len(target)} records could not be learned by heart: {left:.3f} of the variance is left after {steps} steps, allowed {below}")
     return left
 
-# %% ../nbs/03_testing.ipynb #7eae02cf
+# %% ../nbs/03_testing.ipynb #f6be38f2
 def _loss(objective: Any, encoder: Any, batch: Batch, seed: int) -> Any:
     import torch
     return objective(encoder, batch, torch.Generator().manual_seed(seed))
@@ -233,9 +238,9 @@ def check_losses(
     ensure(out["loss"].dim() == 0 and bool(out["loss"].isfinite()), f"the loss must be a finite scalar, is {out['loss']}")
     ensure(not [k for k, v in out.items() if k != "loss" and v.requires_grad], "parts other than the loss must be detached")
     ensure(all(bool((batch[k] == v).all()) for k, v in before.items()), "the objective changed the batch")
-    ensure(float(_loss(objective, encoder, batch, 0)["loss"]) == float(out["loss"]), "the same generator seed must give the same loss")
-    others = {float(_loss(objective, encoder, batch, s)["loss"]) for s in range(1, 5)}
-    ensure(others != {float(out["loss"])}, "other generator seeds must give other losses")
+    again, *others = (_loss(objective, encoder, batch, s)["loss"].item() for s in range(5))
+    ensure(again == out["loss"].item(), "the same generator seed must give the same loss")
+    ensure(set(others) != {again}, "other generator seeds must give other losses")
     out["loss"].backward()
     for what, module in (("encoder", encoder), ("objective", objective)):
         ensure(any(p.grad is not None and p.grad.any() for p in module.parameters()), f"no gradient reaches the {what}")
@@ -275,7 +280,7 @@ def check_objective(
         last = _mean_loss(objective, model, batch, seeds)
     ensure(last < falls_to * first, f"the loss must fall on {len(structures_of(records))} records: {first:.3f} before, {last:.3f} after {steps} steps")
 
-# %% ../nbs/03_testing.ipynb #8b7bccb6
+# %% ../nbs/03_testing.ipynb #9bbeea6d
 def translated(crystal: Any, shift: Sequence[float]) -> Any:
     "Moved by a vector in fractional coordinates."
     return type(crystal)(crystal.lattice, crystal.numbers, (crystal.frac + np.asarray(shift)) % 1.0)
@@ -291,6 +296,7 @@ def reordered(crystal: Any, seed: int = 0) -> Any:
     order = np.random.default_rng(seed).permutation(len(crystal.numbers))
     return type(crystal)(crystal.lattice, crystal.numbers[order], crystal.frac[order])
 
+# %% ../nbs/03_testing.ipynb #19d13032
 def supercell(crystal: Any, repeats: tuple[int, int, int] = (2, 1, 1)) -> Any:
     "The same material in a larger cell."
     n, grid = np.asarray(repeats), np.indices(repeats).reshape(3, -1).T            # [k, 3]
@@ -316,7 +322,7 @@ def assert_invariant(
     ensure(np.abs(embed(stretched) - base).max() > 10 * atol, "the embedding does not notice a cell stretched by 10 %")
     encoder.train(was)
 
-# %% ../nbs/03_testing.ipynb #86c21864
+# %% ../nbs/03_testing.ipynb #bcd27aa8
 GPA = 160.21766208  # GPa in one eV/Å³
 
 def _energy(potential: Any, crystal: Any) -> float: return float(np.asarray(potential.energies([crystal]))[0])
@@ -334,6 +340,7 @@ def numeric_force(
     plus, minus = (_energy(potential, type(crystal)(crystal.lattice, crystal.numbers, crystal.frac + s * move)) for s in (1, -1))
     return -(plus - minus) / (2 * step)
 
+# %% ../nbs/03_testing.ipynb #1ff013a1
 def numeric_stress(
     potential: Any,
     crystal: Any,
@@ -371,7 +378,7 @@ def check_potential(
     for i, j in ((0, 0), (1, 1), (0, 2)):
         ensure_close(stress[i, j], numeric_stress(potential, crystal, i, j, step), f"stress {i}{j} and slope of the energy, GPa", tolerance * pressure)
 
-# %% ../nbs/03_testing.ipynb #600ce7e5
+# %% ../nbs/03_testing.ipynb #da1a7b73
 def check_baseline(
     cls: Any,
     records: Any,        # a table with `y(name)`
@@ -389,10 +396,10 @@ def check_baseline(
     rows = ~np.isnan(y)
     error, spread = np.abs(p - y)[rows].mean(), np.abs(y - y[rows].mean())[rows].mean()
     ensure(error <= spread * 1.001, f"on its own training rows the error is {error:.4f}, that of the mean {spread:.4f}")
-    one = np.asarray(model.predict(records.take([0])), float)
-    ensure_close(one, p[:1], "prediction of one record alone", 1e-9)
+    if options.get("kind") == "binary": ensure(p.min() >= 0 and p.max() <= 1, f"probabilities must be in 0…1, are {p.min():.3f}…{p.max():.3f}")
+    ensure_close(model.predict(records.take([0])), p[:1], "prediction of one record alone", 1e-9)
 
-# %% ../nbs/03_testing.ipynb #549b12c9
+# %% ../nbs/03_testing.ipynb #59b003b8
 def check_splitter(
     splitter: Callable[..., Any],  # called as splitter(records, fractions=…, seed=…)
     records: Any,
@@ -403,7 +410,7 @@ def check_splitter(
     split = splitter(records, fractions=fractions, seed=0)
     parts = [list(p) for p in (split.train, split.valid, split.test)]
     ensure(sorted(i for p in parts for i in p) == list(range(len(records))), "every row must be in exactly one part")
-    for name, p, f in zip(("train", "valid", "test"), parts, fractions):
+    for name, p, f in zip(("train", "valid", "test"), parts, fractions, strict=True):
         ensure(abs(len(p) / len(records) - f) <= slack, f"{name} has {len(p)} of {len(records)} rows, asked for {f:.0%}")
     ensure(splitter(records, fractions=fractions, seed=0) == split, "the same seed must give the same split")
     ensure(type(split).from_json(split.to_json()) == split, "a split must survive JSON")

@@ -1,6 +1,9 @@
 """Everything registered goes through the conformance suite of `matfm.testing`; a registered name without a case is a failure."""
+import re
 from collections.abc import Callable
 from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +13,8 @@ from matfm import testing
 from matfm.core import MissingExtra
 from matfm.data.records import Crystal, Records, compositions, crystals, molecules
 from matfm.registry import registries
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -24,6 +29,7 @@ def _one_thread():
 # ---- small records ---------------------------------------------------------------------------------------------------
 
 SMILES = ["CCO", "c1ccccc1O", "CC(=O)N", "C[N+](C)(C)C", "C", "OC(=O)C1CC1", "C/C=C/Cl", "N[C@@H](C)C(=O)O"]
+RINGS = ["c1ccccc1O", "c1ccncc1", "C1CCCCC1N", "c1ccoc1C", "c1ccsc1", "C1CCOC1", "c1ccc2ccccc2c1", "C1CC1C"]  # eight scaffolds
 ANIONS, CATIONS = [8, 9, 16, 17], [3, 11, 12, 20, 22, 26, 30, 13]
 
 
@@ -39,11 +45,12 @@ def crystal(k: int) -> Crystal:
 
 @cache
 def records(domain: str) -> Records:
-    "Eight records with a number to learn and a class; the second number is missing once."
+    "Eight records with a number `a`, a number `b` that is missing once, and a class `c`."
     y = [0.5, 1.0, -0.3, 2.0, 0.1, 1.4, -1.0, 0.7]
-    targets, units = {"a": y, "b": [*y[1:], float("nan")]}, {"a": "eV", "b": ""}
+    targets, units = {"a": y, "b": [*y[1:], float("nan")], "c": [1, 0, 1, 1, 0, 1, 0, 1]}, {"a": "eV", "b": "", "c": ""}
     cells = [crystal(k) for k in range(8)]
     kept, rejected = {"molecule": lambda: molecules(SMILES, targets, units, canonical=False),
+                      "rings": lambda: molecules(RINGS, targets, units, canonical=False),
                       "crystal": lambda: crystals(cells, targets, units),
                       "composition": lambda: compositions([c.formula for c in cells], targets, units)}[domain]()
     assert len(kept) == 8 and len(rejected) == 0, rejected
@@ -83,14 +90,14 @@ OBJECTIVES: dict[str, tuple[str, dict[str, Any]]] = {  # encoder; options
     "denoise": ("crystal_gnn", {}),
     "mixed": ("crystal_gnn", dict(parts=("element_shuffling", "denoise"), weights=(1.0, 0.5))),
 }
-BASELINES: dict[str, tuple[str, ...]] = {  # domains
-    "dummy": ("molecule", "crystal", "composition"),
-    "ecfp_forest": ("molecule",),
-    "composition_forest": ("crystal", "composition"),
+BASELINES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {  # records; options
+    "dummy": (("molecule", "crystal", "composition"), {}),
+    "ecfp_forest": (("molecule",), dict(n_estimators=20)),
+    "composition_forest": (("crystal", "composition"), dict(n_estimators=20)),
 }
-SPLITTERS: dict[str, tuple[str, ...]] = {
+SPLITTERS: dict[str, tuple[str, ...]] = {  # records
     "random": ("molecule", "crystal", "composition"),
-    "scaffold": ("molecule",),
+    "scaffold": ("rings",),
     "composition": ("crystal", "composition"),
 }
 POTENTIALS: dict[str, dict[str, Any]] = {  # how exact: CHGNet computes in single precision
@@ -129,6 +136,11 @@ def test_every_name_has_a_case(kind):
     assert set(registries()) == set(TABLES), "a registry without a table of cases"
     missing = [n for n in registries()[kind].names() if n not in TABLES[kind]]
     assert not missing, f"no case for the {kind} {', '.join(missing)}"
+    offered = {e.name for e in entry_points(group=f"matfm.{kind}")}
+    decorator = re.compile(rf'^@{kind}s\.register\("(\w+)"\)', re.M)
+    decorated = {n for p in sorted(ROOT.glob("matfm/**/*.py")) for n in decorator.findall(p.read_text())}
+    absent = sorted({*TABLES[kind], *decorated} - offered)
+    assert not absent, f"no entry point offers the {kind} {', '.join(absent)}: it is not found by name"
 
 
 @registered("representation")
@@ -181,7 +193,6 @@ def test_crystal_encoders_are_invariant(max_neighbors, k):
 
 @registered("objective")
 def test_objective(name):
-    import matfm.pretrain.objectives  # `mixed` lives there
     cls, (encoder_name, options) = case("objective", name)
     encoder, representation, rows = made(encoder_name)
     testing.check_objective(cls, encoder, representation, rows, **options)
@@ -189,10 +200,19 @@ def test_objective(name):
 
 @registered("baseline")
 def test_baseline(name):
-    cls, domains = case("baseline", name)
+    cls, (domains, options) = case("baseline", name)
     for domain in domains:
-        for target in ("a", "b"):
-            testing.check_baseline(cls, records(domain), target)
+        testing.check_baseline(cls, records(domain), "a" if domain == domains[0] else "b", **options)
+    testing.check_baseline(cls, records(domains[0]), "c", kind="binary", **options)
+
+
+@registered("baseline")
+def test_baseline_of_several_targets(name):
+    cls, (domains, options) = case("baseline", name)
+    rows = records(domains[0])
+    both = cls(**options).fit(rows, ["a", "b"]).predict(rows)
+    assert both.shape == (8, 2)
+    np.testing.assert_allclose(both[:, 0], cls(**options).fit(rows, "a").predict(rows))
 
 
 @registered("splitter")

@@ -59,7 +59,7 @@ class Page(Spec):
         stem = self.file.rpartition("/")[2].removesuffix(".ipynb")
         return "/".join(filter(None, [self.folder, re.sub(r"^\d+_", "", stem)]))
 
-# %% ../../nbs/app/97_site.ipynb #1e37dee2
+# %% ../../nbs/app/97_site.ipynb #02d5bd2c
 def read_notebook(path: str | os.PathLike) -> dict[str, Any]:
     "A notebook's JSON, every cell's source joined to one string."
     try: nb = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -67,6 +67,7 @@ def read_notebook(path: str | os.PathLike) -> dict[str, Any]:
     for c in nb.get("cells", []): c["source"] = "".join(c["source"])
     return nb
 
+# %% ../../nbs/app/97_site.ipynb #4bd4dd49
 def read_page(
     path: str | os.PathLike,
     root: str | os.PathLike,  # the notebooks' folder
@@ -97,7 +98,7 @@ def house(
         if n > 1: raise BadInput(f"{n} notebooks would be served as {doc}.html: {', '.join(p.file for p in pages if p.doc == doc)}")
     return pages
 
-# %% ../../nbs/app/97_site.ipynb #900e5a80
+# %% ../../nbs/app/97_site.ipynb #822acb60
 FLOORS: dict[str, tuple[str, str]] = {
     "": ("Ground floor", "Errors, units, names, settings and the checks that everything registered must pass."),
     "run": ("Results and runs", "What was asked, what came out, and how to run it again."),
@@ -111,6 +112,7 @@ FLOORS: dict[str, tuple[str, str]] = {
     "app": ("The roof", "Command line and website."),
 }
 
+# %% ../../nbs/app/97_site.ipynb #90449086
 def floors(
     pages: Iterable[Page],
 ) -> dict[str, list[Page]]:
@@ -124,12 +126,13 @@ def floor_title(folder: str) -> tuple[str, str]:
     "Title and one line of a folder."
     return FLOORS.get(folder, (folder.rpartition("/")[2].capitalize(), ""))
 
-# %% ../../nbs/app/97_site.ipynb #f6eb6dcf
+# %% ../../nbs/app/97_site.ipynb #91d81021
 def _comments(source: str) -> dict[int, str]:
     "Line number → comment."
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     return {t.start[0]: t.string.lstrip("# ").strip() for t in tokens if t.type == tokenize.COMMENT and not t.string.startswith("#|")}
 
+# %% ../../nbs/app/97_site.ipynb #3685fecb
 Row = tuple[str, str, str, str]  # name, type, default, details
 
 def _parameters(f: ast.FunctionDef | ast.AsyncFunctionDef, notes: Mapping[int, str]) -> list[Row]:
@@ -148,7 +151,7 @@ def _fields(c: ast.ClassDef, notes: Mapping[int, str]) -> list[Row]:
     return [(n.target.id, ast.unparse(n.annotation), ast.unparse(n.value) if n.value else "", notes.get(n.end_lineno or 0, ""))
             for n in c.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name) and n.target.id[0] != "_" and "ClassVar" not in ast.unparse(n.annotation)]
 
-# %% ../../nbs/app/97_site.ipynb #a9a6bd78
+# %% ../../nbs/app/97_site.ipynb #5bb0bf28
 def _call(name: str, rows: Sequence[Row], returns: ast.expr | None = None) -> str:
     "A signature: names and defaults; long defaults are cut, long lines wrapped."
     parts = [f"{n}={d}" if d and len(d) < 30 and "(" not in d[1:] else f"{n}=..." if d else n for n, _, d, _ in rows]
@@ -163,12 +166,14 @@ def _code(text: str) -> str: return f"`{_cell(text)}`" if text else ""
 def _table(rows: Sequence[Row]) -> str:
     "The parameters as a table, if any of them says something about itself."
     if not any(r[3] for r in rows): return ""
-    body = [f"| {_code(n)} | {_code(t)} | {_code(d)} | {_cell(note)} |" for n, t, d, note in rows]
-    return "\n".join(["| | type | default | |", "|---|---|---|---|", *body])
+    columns = [(h, [f(r[i]) for r in rows]) for i, (h, f) in enumerate([("", _code), ("type", _code), ("default", _code), ("", _cell)])]
+    kept = [(h, cells) for h, cells in columns if any(cells)]
+    lines = [[h for h, _ in kept], ["---"] * len(kept), *zip(*(cells for _, cells in kept))]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 def _doc(node: Any) -> str: return " ".join((ast.get_docstring(node) or "").split("\n"))
 
-# %% ../../nbs/app/97_site.ipynb #356f55b7
+# %% ../../nbs/app/97_site.ipynb #b2c59059
 def _method(f: ast.FunctionDef, notes: Mapping[int, str]) -> str:
     decorators = {ast.unparse(d) for d in f.decorator_list}
     rows = _parameters(f, notes)
@@ -184,13 +189,13 @@ def signature(
     "A definition as Markdown: heading, signature, docstring, parameters, methods."
     if isinstance(node, ast.ClassDef):
         rows, kind, returns = _fields(node, notes), "class ", None
-        methods = [_method(f, notes) for f in node.body if isinstance(f, ast.FunctionDef) and not f.name.startswith("_")]
+        methods = [_method(f, notes) for f in node.body if isinstance(f, ast.FunctionDef) and f.name[0] != "_" and f.name != "check"]
     elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)): rows, kind, returns, methods = _parameters(node, notes), "", node.returns, []
     else: raise BadInput(f"{type(node).__name__} is neither a class nor a function")
     head = f"({label})=\n### `{node.name}`\n\n```python\n{kind}{_call(node.name, rows, returns)}\n```"
     return "\n\n".join(filter(None, [head, _doc(node), _table(rows), "\n".join(methods)]))
 
-# %% ../../nbs/app/97_site.ipynb #a15dc86e
+# %% ../../nbs/app/97_site.ipynb #b1968dc7
 def _exported(nb: Mapping[str, Any]) -> list[str]:
     "Sources of the exported cells."
     return [c["source"] for c in nb["cells"] if c["cell_type"] == "code" and re.search(r"^#\|\s*exports?\b", c["source"], re.M)]
@@ -201,6 +206,7 @@ def _definitions(source: str) -> list[Any]:
     except SyntaxError: return []
     return [n for n in tree.body if isinstance(n, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and not n.name.startswith("_")]
 
+# %% ../../nbs/app/97_site.ipynb #2908fb28
 def label_of(
     module: str,   # e.g. `"data.records"`
     node: Any,     # the definition
@@ -218,7 +224,7 @@ def exported_names(
     count = Counter(name for name, _, _ in found)
     return {name: (file, label) for name, file, label in found if count[name] == 1}
 
-# %% ../../nbs/app/97_site.ipynb #1c0a6ab0
+# %% ../../nbs/app/97_site.ipynb #053fe1e8
 def relative(
     doc: str,   # the page that is linked to
     here: str,  # the page that links
@@ -233,6 +239,7 @@ def _rewrite(text: str, page: Page, by_file: Mapping[str, Page]) -> str:
         return f"[{m[1]}]({relative(by_file[file].doc, page.doc)}.ipynb{m[3] or ''})" if file in by_file else m[1]
     return re.sub(r"(?<!!)\[([^\]]*)\]\((?!\w+:)([^)\s#]+\.ipynb)(#[^)]*)?\)", link, text)
 
+# %% ../../nbs/app/97_site.ipynb #6f028e6e
 def prose(
     text: str,                            # a markdown cell
     page: Page,                           # where it stands
@@ -246,7 +253,7 @@ def prose(
     parts = re.split(r"(^```.*?^```|^#.*?$)", text, flags=re.M | re.S)  # odd ones are code and headings
     return "".join(t if i % 2 else re.sub(r"(?<![\[`\w])`([A-Za-z_]\w*)(\(\))?`(?![`\]])", name, _rewrite(t, page, by_file)) for i, t in enumerate(parts))
 
-# %% ../../nbs/app/97_site.ipynb #13c69a36
+# %% ../../nbs/app/97_site.ipynb #6e1c9237
 def _processed(nb: dict[str, Any]) -> Any:
     "The notebook after nbdev's processors; each cell keeps its directives as `directives_`."
     require("nbdev.process", "site")
@@ -258,6 +265,7 @@ def _processed(nb: dict[str, Any]) -> Any:
     proc.process()
     return proc.nb
 
+# %% ../../nbs/app/97_site.ipynb #21cd66a8
 def _only_imports(source: str) -> bool:
     try: tree = ast.parse(source)
     except SyntaxError: return False
@@ -303,7 +311,7 @@ def convert(
               "language_info": {"name": "python", "pygments_lexer": "ipython3"}}
     return {"cells": cells, "metadata": python, "nbformat": 4, "nbformat_minor": 5}
 
-# %% ../../nbs/app/97_site.ipynb #fb1ddd27
+# %% ../../nbs/app/97_site.ipynb #ff17b5a1
 def _toctree(docs: Iterable[str], caption: str = "") -> str:
     head = ["```{toctree}", ":hidden:", *([f":caption: {caption}"] if caption else []), ""]
     return "\n".join([*head, *docs, "```"])
@@ -319,6 +327,7 @@ def map_page(
         out += [f"## {title}", line, "\n".join(["| | page | promise | module |", "|---|---|---|---|", *rows]), _toctree((p.doc for p in inside), title)]
     return "\n\n".join(filter(None, out)) + "\n"
 
+# %% ../../nbs/app/97_site.ipynb #2350fc7b
 def map_cards(
     pages: Sequence[Page],
 ) -> str:
@@ -327,7 +336,7 @@ def map_cards(
              for f, inside in floors(pages).items()]
     return "\n".join(["::::{container} cards", *cards, "::::"])
 
-# %% ../../nbs/app/97_site.ipynb #fe5dfdb5
+# %% ../../nbs/app/97_site.ipynb #66e24562
 def first_picture(
     nb: Mapping[str, Any],
 ) -> bytes | None:
@@ -337,6 +346,7 @@ def first_picture(
             if png := o.get("data", {}).get("image/png"): return base64.b64decode("".join(png))
     return None
 
+# %% ../../nbs/app/97_site.ipynb #fd5f07ba
 def gallery(
     title: str, promise: str,
     pages: Sequence[Page],
@@ -368,7 +378,7 @@ def _machine(r: Result) -> str:
 
 def _data_used(r: Result) -> str: return ", ".join(f"{k} `{v}`" if v else k for k, v in r.data.items()) or "not recorded"
 
-# %% ../../nbs/app/97_site.ipynb #17afa0a1
+# %% ../../nbs/app/97_site.ipynb #34bb5b58
 def _result(r: Result, experiments: Mapping[str, Page]) -> str:
     page = experiments.get(r.spec.name)
     head = f"### {f'[{page.title}](' + page.doc + '.ipynb)' if page else r.spec.name}"
@@ -378,6 +388,7 @@ def _result(r: Result, experiments: Mapping[str, Page]) -> str:
     listed = "\n".join(f"- **{k}**: {_cell(str(v))}" for k, v in facts.items() if v)
     return "\n\n".join(filter(None, [head, listed, _metrics_table(r.metrics) if r.metrics else ""]))
 
+# %% ../../nbs/app/97_site.ipynb #22ac66f6
 def _system_order(s: str) -> tuple[str, int, str]:
     m = re.match(r"([A-Z]+)(\d+)", s)
     return (m[1], int(m[2]), s) if m else ("~", 0, s)
@@ -400,7 +411,7 @@ def results_page(
         if found: out += [f"## {s}", *(_result(r, experiments) for r in fresh), "\n".join(again)]
     return "\n\n".join(filter(None, out)) + "\n"
 
-# %% ../../nbs/app/97_site.ipynb #5066fd20
+# %% ../../nbs/app/97_site.ipynb #50ae7d1a
 def card_files(
     root: str | os.PathLike,  # the checkout
 ) -> dict[str, Path]:
@@ -416,6 +427,7 @@ def _card(text: str, name: str) -> tuple[str, str, str]:
     lead = next((line.strip("> ").strip() for line in body.splitlines() if line.strip() and line[0] not in "#|-`"), "")
     return text, title.lstrip("# ").strip(), lead
 
+# %% ../../nbs/app/97_site.ipynb #9dea5203
 def cards_page(
     found: Mapping[str, tuple[str, str]],  # name → (title, first sentence)
 ) -> str:
@@ -437,7 +449,7 @@ def logo(
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 64 64"><path d="{path}" fill="none" stroke="{line}" stroke-width="2.6" '
             f'stroke-linejoin="round"/>{dots}<circle cx="32" cy="32" r="6.6" fill="#009E73"/></svg>')
 
-# %% ../../nbs/app/97_site.ipynb #72f6ca89
+# %% ../../nbs/app/97_site.ipynb #da2baedc
 def mathml(
     latex: str,
     block: bool = False,  # displayed on a line of its own
@@ -447,6 +459,7 @@ def mathml(
     try: return str(converter.convert(latex, display="block" if block else "inline"))
     except Exception: return f"<code>{html.escape(latex)}</code>"
 
+# %% ../../nbs/app/97_site.ipynb #9941cba6
 def _formula(self: Any, node: Any, block: bool) -> None:
     require("docutils", "site")
     from docutils import nodes
@@ -459,7 +472,7 @@ def setup(app: Any) -> dict[str, Any]:
     app.add_html_math_renderer("mathml", (inline, None), (block, None))
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 
-# %% ../../nbs/app/97_site.ipynb #86e2ab07
+# %% ../../nbs/app/97_site.ipynb #8e1619e1
 def _sphinx_options() -> dict[str, Any]:
     "The whole configuration of Sphinx."
     theme = {"logo": {"image_light": "_static/logo.svg", "image_dark": "_static/logo-dark.svg", "text": "matfm"},
@@ -474,6 +487,7 @@ def _sphinx_options() -> dict[str, Any]:
             "nb_output_stderr": "remove", "nb_merge_streams": True, "myst_enable_extensions": ["dollarmath", "amsmath", "colon_fence"],
             "myst_update_mathjax": False, "myst_heading_anchors": 3, "suppress_warnings": ["myst.header", "mystnb.mime_priority", "mystnb.unknown_mime_type"]}
 
+# %% ../../nbs/app/97_site.ipynb #2e443349
 def _write(path: Path, content: str | bytes) -> None:
     "Write a file if its content differs; an untouched file is not read again."
     data = content.encode() if isinstance(content, str) else content
@@ -481,7 +495,7 @@ def _write(path: Path, content: str | bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
 
-# %% ../../nbs/app/97_site.ipynb #613a900a
+# %% ../../nbs/app/97_site.ipynb #554774a2
 class _Source:
     "The work folder: what is written stays, what is left over from an earlier build goes."
     def __init__(self, folder: Path): self.folder, self.kept = folder, set[Path]()
@@ -495,6 +509,7 @@ class _Source:
         for p in self.folder.rglob("*"):
             if p.is_file() and p not in self.kept: p.unlink()
 
+# %% ../../nbs/app/97_site.ipynb #75ba5f3d
 ASSETS = Path(__file__).parent / "assets" if "__file__" in globals() else None
 
 def _look(source: _Source) -> None:
@@ -504,7 +519,7 @@ def _look(source: _Source) -> None:
     if ASSETS: source.add("_static/site.css", (ASSETS / "site.css").read_bytes())
     source.add("conf.py", f"import json\nglobals().update(json.loads({json.dumps(json.dumps(_sphinx_options()))}))\n")
 
-# %% ../../nbs/app/97_site.ipynb #3a83da6e
+# %% ../../nbs/app/97_site.ipynb #2f181c09
 def _notebook_pages(source: _Source, root: Path, pages: Sequence[Page]) -> None:
     "Every notebook, converted; the home page gets the map and the tree of all pages."
     by_file, names = {p.file: p for p in pages}, exported_names(root, pages)
@@ -515,6 +530,7 @@ def _notebook_pages(source: _Source, root: Path, pages: Sequence[Page]) -> None:
         source.add(f"{p.doc}.ipynb", json.dumps(nb))
     if "index.ipynb" not in by_file: source.add("index.md", f"# matfm\n\n{map_cards(pages)}\n\n{tree}\n")
 
+# %% ../../nbs/app/97_site.ipynb #3a359faa
 def _galleries(source: _Source, root: Path, pages: Sequence[Page]) -> None:
     "Tutorials and experiments, each with its first picture."
     kinds = {"tutorials": ("Tutorials", "From nothing to a first answer."), "experiments": ("Experiments", "One notebook, one question, with the cheap baseline beside every answer.")}
@@ -524,6 +540,7 @@ def _galleries(source: _Source, root: Path, pages: Sequence[Page]) -> None:
         for file, png in found.items(): source.add(f"{folder}/_pictures/{Path(file).stem}.png", png)
         source.add(f"{folder}/index.md", gallery(title, promise, inside, {f: f"_pictures/{Path(f).stem}.png" for f in found}))
 
+# %% ../../nbs/app/97_site.ipynb #6fd750d9
 def _written_pages(source: _Source, root: Path, pages: Sequence[Page]) -> None:
     "Map, results and cards."
     source.add("library.md", map_page(pages))

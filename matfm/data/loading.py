@@ -25,7 +25,7 @@ from .records import STRUCTURE, Records, Rejected, frame_digest
 __all__ = ['ROW_ERRORS', 'save_items', 'load_items', 'cache_key', 'check_domain', 'featurise', 'BatchPlan', 'collate', 'sizes_of',
            'Loader']
 
-# %% ../../nbs/data/15_loading.ipynb #eef136b9
+# %% ../../nbs/data/15_loading.ipynb #12eaf4a6
 def save_items(
     path: str | os.PathLike,  # an .npz file
     items: Sequence[Item],    # with the same keys, dtypes and dimensions throughout
@@ -41,6 +41,7 @@ def save_items(
     with atomic_write(path) as tmp, open(tmp, "wb") as f: np.savez_compressed(f, n=np.array(len(items)), **arrays)  # type: ignore[arg-type]
     return Path(path)
 
+# %% ../../nbs/data/15_loading.ipynb #101457c9
 def load_items(
     path: str | os.PathLike,
 ) -> tuple[list[Item], dict[str, np.ndarray]]:  # items, what was kept beside them
@@ -50,11 +51,11 @@ def load_items(
     for k in (name.removeprefix("data.") for name in arrays if name.startswith("data.")):
         shapes = arrays[f"shape.{k}"]
         ends = np.cumsum(shapes.prod(axis=1, dtype=np.int64))
-        for item, shape, end, size in zip(items, shapes.tolist(), ends.tolist(), np.diff(ends, prepend=0).tolist()):
+        for item, shape, end, size in zip(items, shapes.tolist(), ends.tolist(), np.diff(ends, prepend=0).tolist(), strict=True):
             item[k] = arrays[f"data.{k}"][end - size:end].reshape(shape)
     return items, {k.removeprefix("extra."): v for k, v in arrays.items() if k.startswith("extra.")}
 
-# %% ../../nbs/data/15_loading.ipynb #cce1c2ab
+# %% ../../nbs/data/15_loading.ipynb #89b576d9
 ROW_ERRORS = (BadInput, ValueError, RuntimeError, ArithmeticError, IndexError)  # what a bad structure may cause
 
 def _featurise_some(representation: Any, structures: Sequence[Any]) -> list[Item | str]:
@@ -66,6 +67,7 @@ def _featurise_some(representation: Any, structures: Sequence[Any]) -> list[Item
         except ROW_ERRORS as e: out.append(f"{type(e).__name__}: {e}")
     return out
 
+# %% ../../nbs/data/15_loading.ipynb #f6a9c80f
 def _featurise_all(representation: Any, structures: Sequence[Any], jobs: int, progress: bool) -> list[Item | str]:
     "The same in chunks, over `jobs` processes."
     from joblib import Parallel, delayed
@@ -98,13 +100,13 @@ def check_domain(
     if representation.domain != records.domain and (representation.domain, records.domain) != ("composition", "crystal"):
         raise BadInput(f"{type(representation).__name__} reads {representation.domain} records, these are {records.domain} records")
 
-# %% ../../nbs/data/15_loading.ipynb #f21ebc8c
+# %% ../../nbs/data/15_loading.ipynb #9d7c57ae
 def _read_cache(path: Path) -> tuple[list[Item], np.ndarray, Rejected] | None:
     "What is cached, or None if there is nothing that can be read."
     if not path.is_file(): return None
     try:
         items, extra = load_items(path)
-        rejected = Rejected(list(zip(*(extra[f"rejected_{k}"].tolist() for k in ("id", "row", "value", "reason")))))
+        rejected = Rejected(list(zip(*(extra[f"rejected_{k}"].tolist() for k in ("id", "row", "value", "reason")), strict=True)))
         return items, extra["kept"], rejected
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
         warnings.warn(f"the cache file {path} is damaged and is made anew: {e}", stacklevel=3)
@@ -183,7 +185,7 @@ class BatchPlan:
         sizes = [np.asarray(self.sizes)[b] for b in self.batches(epoch)]
         return 1 - float(np.sum(self.sizes)) / max(1, sum(int(s.max()) * len(s) for s in sizes))
 
-# %% ../../nbs/data/15_loading.ipynb #937fe5b5
+# %% ../../nbs/data/15_loading.ipynb #6f0a1de6
 def collate(
     representation: Any,
     items: Sequence[Item],               # all of them
@@ -198,6 +200,7 @@ def collate(
     if y is not None: batch["y"] = torch.as_tensor(np.asarray(y)[rows].reshape(len(rows), -1).astype(np.float32))
     return {**batch, "index": torch.as_tensor(rows)}
 
+# %% ../../nbs/data/15_loading.ipynb #359d95fb
 def sizes_of(
     representation: Any,
     items: Sequence[Item],

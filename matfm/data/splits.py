@@ -70,18 +70,18 @@ class Split(Spec):
     def __repr__(self) -> str: return f"Split({self.method}, {' + '.join(f'{len(getattr(self, p))} {p}' for p in PARTS)}, digest {self.digest})"
     def _repr_html_(self) -> str: return split_html(self)
 
-# %% ../../nbs/data/14_splits.ipynb #68447e28
+# %% ../../nbs/data/14_splits.ipynb #1ff165e5
 def split_html(split: Split) -> str:
     "Sizes as numbers and as a bar."
     n = max(1, len(split))
     bar = "".join(f'<div title="{p}" style="width:{100 * len(getattr(split, p)) / n:.2f}%;background:{c}"></div>'
-                  for p, c in zip(PARTS, ("#4c78a8", "#f2a65a", "#b8454f")))
+                  for p, c in zip(PARTS, ("#4c78a8", "#f2a65a", "#b8454f"), strict=True))
     text = ", ".join(f"{p} {len(getattr(split, p)):,} ({len(getattr(split, p)) / n:.0%})" for p in PARTS)
     how = ", ".join(f"{k}={v}" for k, v in {"seed": split.seed, **split.parameters}.items() if v is not None)
     return (f"<p><b>{split.method} split</b> of {split.name or 'a table'}: {text}; {how}; digest {split.digest}</p>"
             f'<div style="display:flex;height:12px;max-width:480px">{bar}</div>')
 
-# %% ../../nbs/data/14_splits.ipynb #cec4524a
+# %% ../../nbs/data/14_splits.ipynb #6224af06
 def _fractions(fractions: Sequence[float]) -> tuple[float, float, float]:
     f = tuple(float(x) for x in fractions)
     if len(f) != 3 or min(f) < 0 or abs(sum(f) - 1) > 1e-6: raise BadInput(f"fractions must be three numbers ≥ 0 that add up to 1, got {fractions}")
@@ -93,6 +93,7 @@ def _members(groups: Iterable[Hashable]) -> list[list[int]]:
     for i, g in enumerate(groups): found.setdefault(g, []).append(i)
     return list(found.values())
 
+# %% ../../nbs/data/14_splits.ipynb #69dd54e8
 def _shuffled_fill(members: Sequence[list[int]], fractions: Sequence[float], seed: int) -> list[tuple[int, ...]]:
     if seed < 0: raise BadInput(f"seed must be ≥ 0, got {seed}")
     n, done = sum(map(len, members)), 0
@@ -102,10 +103,11 @@ def _shuffled_fill(members: Sequence[list[int]], fractions: Sequence[float], see
         done += len(members[k])
     return [tuple(sorted(p)) for p in parts]
 
-# %% ../../nbs/data/14_splits.ipynb #57658235
+# %% ../../nbs/data/14_splits.ipynb #54255eed
 def _make(method: str, parts: Sequence[tuple[int, ...]], records: Records | None, seed: int | None, **parameters: Any) -> Split:
-    known = {"records": records.digest, "name": records.name} if records is not None else {}
-    return Split(method, *parts, seed=seed, parameters=parameters, **known)
+    train, valid, test = parts
+    digest, name = ("", "") if records is None else (records.digest, records.name)
+    return Split(method, train, valid, test, digest, name, seed, parameters)
 
 def group_split(
     groups: Sequence[Hashable],                       # [n], which group each row belongs to
@@ -119,7 +121,7 @@ def group_split(
     f = _fractions(fractions)
     return _make(method, _shuffled_fill(_members(groups), f, seed), records, seed, fractions=list(f))
 
-# %% ../../nbs/data/14_splits.ipynb #b5a40d7a
+# %% ../../nbs/data/14_splits.ipynb #bfcb83ba
 def space_group(
     crystal: Any,            # a `Crystal`
     tolerance: float = 0.01, # Å
@@ -133,26 +135,28 @@ def space_group(
         return int(found.number), len(found.prim_std_cell.numbers)
     except Exception: return 0, len(crystal)  # moyopy raises bare exceptions when no space group fits
 
+# %% ../../nbs/data/14_splits.ipynb #0003c1a2
 def _fraction_key(formula: str) -> str:
     amounts = parse_formula(formula)
     total = sum(amounts.values())
     return " ".join(f"{s}{amounts[s] / total:.5f}" for s in sorted(amounts))
 
-# %% ../../nbs/data/14_splits.ipynb #e645fa90
+# %% ../../nbs/data/14_splits.ipynb #eb2b05c9
 def identities(records: Records) -> list[str]:
     "A key for every row; rows with the same key are the same molecule or material."
     if records.domain == "composition": return [_fraction_key(f) for f in records.structures()]
     if records.domain == "molecule":
         smiles = records.structures()
         if records.canonical: return smiles
-        return [p[0] if isinstance(p, tuple) else s for s, p in zip(smiles, parse_structures(smiles, "molecule"))]
+        return [p[0] if isinstance(p, tuple) else s for s, p in zip(smiles, parse_structures(smiles, "molecule"), strict=True)]
     keys = records.frame["formula"].to_list()
     again = _repeated(keys)
-    for i, c in zip(again, records.take(again).structures()):
+    for i, c in zip(again, records.take(again).structures(), strict=True):
         number, atoms = space_group(c)
         keys[i] += f" {number} {atoms}"
     return keys
 
+# %% ../../nbs/data/14_splits.ipynb #c8b29f47
 def _repeated(keys: Sequence[str]) -> list[int]:
     "Rows whose key occurs more than once."
     counts = Counter(keys)
@@ -168,7 +172,7 @@ def random_split(
     "A random split; identical molecules or materials stay together."
     return group_split(identities(records), fractions, seed, records, "random")
 
-# %% ../../nbs/data/14_splits.ipynb #1170d454
+# %% ../../nbs/data/14_splits.ipynb #4cd9a9f6
 def murcko_scaffold(
     smiles: str,
 ) -> str:
@@ -180,6 +184,7 @@ def murcko_scaffold(
         if mol is None: raise BadInput(f"not a SMILES: {smiles!r}")
         return str(MurckoScaffold.MurckoScaffoldSmiles(mol=mol, includeChirality=False))
 
+# %% ../../nbs/data/14_splits.ipynb #91118fb1
 def _greedy_fill(members: Sequence[list[int]], fractions: Sequence[float]) -> list[tuple[int, ...]]:
     "Each group goes to train if it fits, else to valid if train and valid then stay within theirs, else to test."
     n = sum(map(len, members))
@@ -205,13 +210,14 @@ def scaffold_split(
     parts = _greedy_fill(by_size, f) if seed is None else _shuffled_fill(members, f, seed)
     return _make("scaffold", parts, records, seed, fractions=list(f))
 
-# %% ../../nbs/data/14_splits.ipynb #9ff5f57e
+# %% ../../nbs/data/14_splits.ipynb #a0d9e0d7
 def chemical_system(
     formula: str,
 ) -> str:
     "The elements in alphabetical order, e.g. `Ba-O-Ti`."
     return "-".join(sorted(parse_formula(formula)))
 
+# %% ../../nbs/data/14_splits.ipynb #b96f3f67
 @splitters.register("composition")
 def composition_split(
     records: Records,
@@ -257,7 +263,7 @@ def fold_split(
     parts = [tuple(rest[list(inner.train)].tolist()), tuple(rest[list(inner.valid)].tolist()), tuple(test.tolist())]
     return _make("fold", parts, records, seed, column=column, fold=fold, valid=valid)
 
-# %% ../../nbs/data/14_splits.ipynb #b9442ae9
+# %% ../../nbs/data/14_splits.ipynb #ba99d43b
 def _groupings(records: Records) -> dict[str, Callable[[], list[str]]]:
     "What can be shared between parts, by domain."
     same: dict[str, Callable[[], list[str]]] = {"identical": lambda: identities(records)}
@@ -265,6 +271,7 @@ def _groupings(records: Records) -> dict[str, Callable[[], list[str]]]:
     formulas = records.frame["formula"]
     return same | {"formula": lambda: [_fraction_key(f) for f in formulas], "chemsys": lambda: [chemical_system(f) for f in formulas]}
 
+# %% ../../nbs/data/14_splits.ipynb #46aebf00
 def leakage(
     split: Split,
     records: Records,

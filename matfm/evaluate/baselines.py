@@ -106,15 +106,16 @@ class Dummy(Baseline):
     def answer(self, model: tuple[float, float], X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return np.full(len(X), model[0]), np.full(len(X), model[1])
 
-# %% ../../nbs/evaluate/42_baselines.ipynb #1731b7b4
+# %% ../../nbs/evaluate/42_baselines.ipynb #6443e2d9
 class Forest(Baseline):
     "A random forest on a descriptor; one forest for each target."
     descriptor: Descriptor
 
-    def __init__(self, kind: str = "regression", n_estimators: int = 500, seed: int = 0, n_jobs: int = 1):
+    def __init__(self, kind: str = "regression", n_estimators: int = 500, max_features: float | None = None, seed: int = 0, n_jobs: int = 1):
         super().__init__(kind)
         if n_estimators < 1: raise BadInput(f"n_estimators must be ≥ 1, got {n_estimators}")
-        self.config |= {"n_estimators": n_estimators, "seed": seed, "n_jobs": n_jobs}
+        if max_features is not None and not 0 < max_features <= 1: raise BadInput(f"max_features is a share of the columns, in (0, 1], got {max_features}")
+        self.config |= {"n_estimators": n_estimators, "max_features": max_features, "seed": seed, "n_jobs": n_jobs}
 
     def features(self, records: Records) -> tuple[np.ndarray, np.ndarray, Rejected]:
         return matrix(self.descriptor, records, jobs=self.config["n_jobs"])
@@ -122,8 +123,9 @@ class Forest(Baseline):
     def learn(self, X: np.ndarray, y: np.ndarray) -> Any:
         from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
         common = {"n_estimators": self.config["n_estimators"], "random_state": self.config["seed"], "n_jobs": self.config["n_jobs"]}
-        if self.kind == "binary": return RandomForestClassifier(max_features="sqrt", **common).fit(X, y.astype(int))
-        return RandomForestRegressor(max_features=1 / 3, **common).fit(X, y)
+        share = self.config["max_features"]
+        if self.kind == "binary": return RandomForestClassifier(max_features=share or "sqrt", **common).fit(X, y.astype(int))
+        return RandomForestRegressor(max_features=share or 1 / 3, **common).fit(X, y)
 
     def answer(self, model: Any, X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         X = np.ascontiguousarray(X, dtype=np.float32)  # what trees work on; checked once instead of by every tree
@@ -134,13 +136,14 @@ class Forest(Baseline):
         if self.kind == "regression": return tree.predict(X, check_input=False)
         return tree.predict_proba(X, check_input=False) @ (model.classes_ == 1)  # zero if class 1 never occurred
 
-# %% ../../nbs/evaluate/42_baselines.ipynb #eb5b7d69
+# %% ../../nbs/evaluate/42_baselines.ipynb #ab1b7562
 @baselines.register("ecfp_forest")
 class EcfpForest(Forest):
     "Random forest on extended-connectivity fingerprints of molecules."
     domains = ("molecule",)
-    def __init__(self, kind: str = "regression", n_estimators: int = 500, radius: int = 2, bits: int = 2048, counts: bool = False, seed: int = 0, n_jobs: int = 1):
-        super().__init__(kind, n_estimators, seed, n_jobs)
+    def __init__(self, kind: str = "regression", n_estimators: int = 500, max_features: float | None = None, seed: int = 0, n_jobs: int = 1,
+                 radius: int = 2, bits: int = 2048, counts: bool = True):
+        super().__init__(kind, n_estimators, max_features, seed, n_jobs)
         self.descriptor = Ecfp(radius, bits, counts)
         self.config |= {"radius": radius, "bits": bits, "counts": counts}
 

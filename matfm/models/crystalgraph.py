@@ -18,16 +18,26 @@ from .layers import CosineCutoff, FeedForward, GaussianBasis, pool, scatter_sum,
 from ..registry import encoders
 
 # %% auto #0
-__all__ = ['GatedConvolution', 'CrystalGNN']
+__all__ = ['EdgeLinear', 'GatedConvolution', 'CrystalGNN']
 
-# %% ../../nbs/models/33_crystalgraph.ipynb #2a76db75
+# %% ../../nbs/models/33_crystalgraph.ipynb #a3ef23dd
+class EdgeLinear(nn.Module):
+    "A linear layer on [centre, neighbour, edge], computed as three; the two node parts once per node."
+    def __init__(self, width: int, edge: int, out: int):
+        super().__init__()
+        self.centre = nn.Linear(width, out)
+        self.neighbour, self.edge = nn.Linear(width, out, bias=False), nn.Linear(edge, out, bias=False)
+
+    def forward(self, x: Tensor, edge_index: Tensor, e: Tensor) -> Tensor:  # [N, d], [2, E], [E, k] -> [E, out]
+        j, i = edge_index
+        return self.centre(x).index_select(0, i) + self.neighbour(x).index_select(0, j) + self.edge(e)
+
+# %% ../../nbs/models/33_crystalgraph.ipynb #56c0f2c4
 class GatedConvolution(nn.Module):
     "One round of gated messages between neighbours, then a feed-forward on every site."
     def __init__(self, width: int, basis: int, neighbors: float, dropout: float):
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.centre = nn.Linear(width, 2 * width)
-        self.neighbour, self.edge = nn.Linear(width, 2 * width, bias=False), nn.Linear(basis, 2 * width, bias=False)
+        self.norm1, self.norm2, self.mix = nn.LayerNorm(width), nn.LayerNorm(width), EdgeLinear(width, basis, 2 * width)
         self.feed_forward, self.dropout = FeedForward(width, 2, dropout=dropout), nn.Dropout(dropout)
         self.scale = neighbors ** -0.5
 
@@ -35,16 +45,14 @@ class GatedConvolution(nn.Module):
         self,
         h: Tensor,           # site states, [N, d]
         edge_index: Tensor,  # [2, E]: neighbour j, centre i
-        basis: Tensor,       # distances as Gaussians, [E, n]
+        basis: Tensor,       # distances as Gaussians, [E, k]
         weight: Tensor,      # cutoff weight, [E, 1]
     ) -> Tensor:             # [N, d]
-        (j, i), x = edge_index, self.norm1(h)
-        z = self.centre(x).index_select(0, i) + self.neighbour(x).index_select(0, j) + self.edge(basis)  # [E, 2d]
-        gate, value = z.chunk(2, dim=-1)
-        h = h + self.dropout(scatter_sum(gate.sigmoid() * F.silu(value) * weight, i, len(h)) * self.scale)
+        gate, value = self.mix(self.norm1(h), edge_index, basis).chunk(2, dim=-1)  # each [E, d]
+        h = h + self.dropout(scatter_sum(gate.sigmoid() * F.silu(value) * weight, edge_index[1], len(h)) * self.scale)
         return h + self.dropout(self.feed_forward(self.norm2(h)))
 
-# %% ../../nbs/models/33_crystalgraph.ipynb #cb75eb56
+# %% ../../nbs/models/33_crystalgraph.ipynb #d306e5ae
 @encoders.register("crystal_gnn")
 class CrystalGNN(nn.Module):
     "CGCNN-type network with a smooth cutoff; invariant, intensive."
@@ -72,7 +80,7 @@ class CrystalGNN(nn.Module):
 
     def forward(self, batch: Batch) -> Encoded:
         h, distance = self.element(batch["numbers"]), batch["distance"]          # [N, d], [E]
-        basis, weight = self.basis(distance), self.cutoff(distance)[:, None]     # [E, n], [E, 1]
+        basis, weight = self.basis(distance), self.cutoff(distance)[:, None]     # [E, k], [E, 1]
         for layer in self.layers: h = layer(h, batch["edge_index"], basis, weight)
         states, mask = to_dense(self.norm(h), batch["graph"], batch["counts"])   # [B, n, d], [B, n]
         return Encoded(pool(states, mask), states, mask)

@@ -20,10 +20,11 @@ from ..core import BadInput, Batch, Encoded, Spec, pick
 from .layers import scatter_sum
 
 # %% auto #0
-__all__ = ['HUBER', 'MAX_NUMBER', 'RIDGE', 'Output', 'Task', 'loss', 'element_counts', 'fit_references', 'TargetTransform',
-           'Heads', 'Predictor', 'make_predictor', 'InitialError', 'step0_error']
+__all__ = ['HUBER', 'MAX_NUMBER', 'RIDGE', 'Output', 'Task', 'loss', 'element_counts', 'fit_references', 'Scale',
+           'TargetTransform', 'Heads', 'Predictor', 'start_at_base_rates', 'make_predictor', 'InitialError',
+           'step0_error']
 
-# %% ../../nbs/models/38_heads.ipynb #f9a10ac1
+# %% ../../nbs/models/38_heads.ipynb #05acb482
 @dataclass(frozen=True)
 class Output(Spec):
     "One predicted quantity."
@@ -40,6 +41,7 @@ class Output(Spec):
         if not self.weight > 0: raise BadInput(f"{self.name}: weight must be > 0, got {self.weight}")
         if self.kind == "binary" and self.reference != "none": raise BadInput(f"{self.name}: a binary output has no element reference")
 
+# %% ../../nbs/models/38_heads.ipynb #4eccb77c
 @dataclass(frozen=True)
 class Task(Spec):
     "What a model is asked for: one or more outputs."
@@ -56,7 +58,7 @@ class Task(Spec):
         "Column numbers of the outputs of that kind."
         return [t for t, o in enumerate(self.outputs) if o.kind == kind]
 
-# %% ../../nbs/models/38_heads.ipynb #aaa81606
+# %% ../../nbs/models/38_heads.ipynb #47ca8952
 HUBER = 0.5  # where smooth L1 turns from quadratic to linear, in standard deviations of the target
 
 def _element_wise(task: Task, raw: Tensor, y: Tensor) -> Tensor:  # [B, T], [B, T] without NaN -> [B, T]
@@ -66,21 +68,22 @@ def _element_wise(task: Task, raw: Tensor, y: Tensor) -> Tensor:  # [B, T], [B, 
     if b: out[:, b] = F.binary_cross_entropy_with_logits(raw[:, b], y[:, b], reduction="none")
     return out
 
+# %% ../../nbs/models/38_heads.ipynb #80aff44a
 def loss(
     task: Task,
     raw: Tensor,       # what the heads gave, scaled space, [B, T]
     y_scaled: Tensor,  # targets in the same space, NaN where missing, [B, T]
 ) -> tuple[Tensor, dict[str, Tensor]]:  # the sum that is minimised; each output's own mean, detached
     "Weighted mean of the outputs' losses over what is labelled."
-    labelled = ~y_scaled.isnan()
+    raw, labelled = raw.float(), ~y_scaled.isnan()  # half precision ends here
     each = _element_wise(task, raw, y_scaled.nan_to_num(0.0)) * labelled                          # [B, T]
     rows = labelled.sum(0)                                                                        # [T]
     per = each.sum(0) / rows.clamp(min=1)                                                         # [T]
     weight = raw.new_tensor([o.weight for o in task.outputs]) * (rows > 0)
     total = (per * weight).sum() / weight.sum().clamp(min=1e-12)
-    return total, dict(zip(task.names, per.detach()))
+    return total, dict(zip(task.names, per.detach(), strict=True))
 
-# %% ../../nbs/models/38_heads.ipynb #16aa9931
+# %% ../../nbs/models/38_heads.ipynb #b46abd69
 MAX_NUMBER = 118  # highest atomic number; column z of a composition matrix belongs to element z
 RIDGE = 1e-4      # relative to the number of rows
 
@@ -90,6 +93,7 @@ def element_counts(batch: Batch) -> Tensor:  # [B, 119]
     one_hot = F.one_hot(batch["numbers"], MAX_NUMBER + 1).float()
     return scatter_sum(one_hot, batch["graph"], len(batch["counts"]))
 
+# %% ../../nbs/models/38_heads.ipynb #badafd6d
 def _fractions(counts: np.ndarray) -> np.ndarray: return counts / np.maximum(counts.sum(1, keepdims=True), 1e-12)
 
 def fit_references(
@@ -102,9 +106,9 @@ def fit_references(
     gram = x.T @ x + RIDGE * rows.sum() * np.eye(x.shape[1])
     return mean + np.linalg.solve(gram, x.T @ (y[rows] - mean))
 
-# %% ../../nbs/models/38_heads.ipynb #ce4b3e0f
-class TargetTransform(nn.Module):
-    "Between targets in real units and the scaled space of the loss. Its buffers are saved with the model."
+# %% ../../nbs/models/38_heads.ipynb #fbca7eb5
+class Scale(nn.Module):
+    "Between targets in real units and the scaled space of the loss; starts as the identity."
     mean: Tensor
     std: Tensor
     mu: Tensor
@@ -132,6 +136,22 @@ class TargetTransform(nn.Module):
         if b: y[:, b] = raw[:, b].sigmoid()
         return y
 
+# %% ../../nbs/models/38_heads.ipynb #142d09ae
+def _fit_output(scale: Scale, t: int, y: np.ndarray, counts: np.ndarray | None) -> None:  # y [n] of output t
+    "Set output t's reference, mean and standard deviation."
+    o = scale.task.outputs[t]
+    if np.isnan(y).all(): raise BadInput(f"no training row has a label for {o.name!r}")
+    if o.kind == "binary": return
+    if o.reference == "elements":
+        if counts is None: raise BadInput("reference='elements' needs the element counts of the training rows")
+        mu = fit_references(y, counts)
+        scale.mu[t], y = torch.tensor(mu), y - _fractions(np.asarray(counts, float)) @ mu
+    spread = float(np.nanstd(y))
+    scale.mean[t], scale.std[t] = float(np.nanmean(y)), spread if spread > 1e-8 else 1.0
+
+# %% ../../nbs/models/38_heads.ipynb #a33513d1
+class TargetTransform(Scale):
+    "A `Scale` fitted on training rows. Its buffers are saved with the model."
     @classmethod
     def fit(
         cls,
@@ -140,20 +160,12 @@ class TargetTransform(nn.Module):
         counts: np.ndarray | None = None, # atoms (or fractions) of each element, [n, 119]; needed for reference="elements"
     ) -> TargetTransform:
         "Means, standard deviations and element references of the training rows."
-        t, y = cls(task), np.array(y, float).reshape(len(y), -1)
+        scale, y = cls(task), np.asarray(y, float).reshape(len(y), -1)
         if y.shape[1] != len(task.outputs): raise BadInput(f"y has {y.shape[1]} columns, the task {len(task.outputs)} outputs: {task.names}")
-        if t.uses_elements and counts is None: raise BadInput("reference='elements' needs the element counts of the training rows")
-        for k, o in enumerate(task.outputs):
-            if np.isnan(y[:, k]).all(): raise BadInput(f"no training row has a label for {o.name!r}")
-            if o.kind == "binary": continue
-            if o.reference == "elements" and counts is not None:
-                mu = fit_references(y[:, k], counts)
-                t.mu[k], y[:, k] = torch.tensor(mu), y[:, k] - _fractions(np.asarray(counts, float)) @ mu
-            t.mean[k], std = float(np.nanmean(y[:, k])), float(np.nanstd(y[:, k]))
-            t.std[k] = std if std > 1e-8 else 1.0
-        return t
+        for t in range(y.shape[1]): _fit_output(scale, t, y[:, t], counts)
+        return scale
 
-# %% ../../nbs/models/38_heads.ipynb #b2f0d0e1
+# %% ../../nbs/models/38_heads.ipynb #f3b6a693
 class Heads(nn.Module):
     "Embedding → one raw number per output."
     def __init__(
@@ -173,20 +185,12 @@ class Heads(nn.Module):
 
     def forward(self, embedding: Tensor) -> Tensor: return self.layers(embedding)  # [B, d] -> [B, T]
 
-    def start_at_base_rates(self, y: np.ndarray) -> None:  # training targets, [n, T], NaN where missing
-        "Set the bias of each binary output to the log-odds of its training labels."
-        last = self.layers[-1]
-        assert isinstance(last, nn.Linear)
-        for t in self.task.where("binary"):
-            p = float(np.clip(np.nanmean(y[:, t]), 1e-3, 1 - 1e-3))
-            with torch.no_grad(): last.bias[t] = np.log(p / (1 - p))
-
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Heads:
         "Fresh heads from what `config` holds."
         return cls(**{**config, "task": Task.from_dict(config["task"])})
 
-# %% ../../nbs/models/38_heads.ipynb #059347c4
+# %% ../../nbs/models/38_heads.ipynb #d4fea28c
 class Predictor(nn.Module):
     "Batch → predictions in real units; probabilities for binary outputs."
     def __init__(self, encoder: nn.Module, heads: Heads, transform: TargetTransform):
@@ -200,7 +204,7 @@ class Predictor(nn.Module):
 
     def raw(self, batch: Batch) -> Tensor:  # [B, T], scaled space
         encoded: Encoded = self.encoder(batch)
-        return self.heads(encoded.embedding)
+        return self.heads(encoded.embedding).float()
 
     def forward(self, batch: Batch) -> Tensor:  # [B, T], real units
         return self.transform.invert(self.raw(batch), self._counts(batch))
@@ -209,7 +213,19 @@ class Predictor(nn.Module):
         "The task's loss on a batch that has `y` in real units."
         return loss(self.task, self.raw(batch), self.transform.apply(batch["y"], self._counts(batch)))
 
-# %% ../../nbs/models/38_heads.ipynb #58737061
+# %% ../../nbs/models/38_heads.ipynb #806a5a45
+def start_at_base_rates(
+    heads: Heads,
+    y: np.ndarray,  # training targets, [n, T], NaN where missing
+) -> None:
+    "Set the bias of each binary output to the log-odds of its training labels."
+    last = heads.layers[-1]
+    assert isinstance(last, nn.Linear)
+    for t in heads.task.where("binary"):
+        p = float(np.clip(np.nanmean(y[:, t]), 1e-3, 1 - 1e-3))
+        with torch.no_grad(): last.bias[t] = np.log(p / (1 - p))
+
+# %% ../../nbs/models/38_heads.ipynb #cc6969e7
 def make_predictor(
     encoder: Any,                     # an `Encoder`
     task: Task,
@@ -224,10 +240,10 @@ def make_predictor(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         heads = Heads(encoder.width, task, hidden, dropout)
-    heads.start_at_base_rates(np.asarray(y, float).reshape(len(y), -1))
+    start_at_base_rates(heads, np.asarray(y, float).reshape(len(y), -1))
     return Predictor(encoder, heads, transform)
 
-# %% ../../nbs/models/38_heads.ipynb #76fb4274
+# %% ../../nbs/models/38_heads.ipynb #37557d22
 class InitialError(NamedTuple):
     "An output's error before the first step, beside that of the best constant."
     name: str
@@ -241,6 +257,7 @@ def _initial_error(o: Output, y: np.ndarray, p: np.ndarray) -> InitialError:  # 
     log_loss = lambda q: float(-np.mean(y * np.log(q) + (1 - y) * np.log(1 - q)))
     return InitialError(o.name, log_loss(np.clip(p, 1e-7, 1 - 1e-7)), log_loss(np.clip(y.mean(), 1e-7, 1 - 1e-7)))
 
+# %% ../../nbs/models/38_heads.ipynb #730d9cb4
 def step0_error(
     predictor: Predictor,
     batches: Iterable[Batch],  # validation batches with `y` in real units
@@ -251,6 +268,6 @@ def step0_error(
     with torch.no_grad():
         for b in batches: pairs.append((b["y"].double().cpu().numpy(), predictor(b).double().cpu().numpy()))
     predictor.train(was)
-    y, p = (np.concatenate(a) for a in zip(*pairs))
+    y, p = (np.concatenate(a) for a in zip(*pairs, strict=True))
     kept = [(o, ~np.isnan(y[:, t]), t) for t, o in enumerate(predictor.task.outputs)]
     return [_initial_error(o, y[rows, t], p[rows, t]) for o, rows, t in kept if rows.any()]

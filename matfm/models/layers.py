@@ -48,24 +48,24 @@ class FeedForward(nn.Module):
             return self.down(self.dropout(F.silu(gate) * x))
         return self.down(self.dropout(F.gelu(x)))
 
-# %% ../../nbs/models/30_layers.ipynb #76a6c36a
+# %% ../../nbs/models/30_layers.ipynb #ca87edd7
 class Rotary(nn.Module):
     "Turns queries and keys by their position; the product depends on distance alone."
-    angles: Tensor
     def __init__(self, head_width: int, base: float = 10_000.0):
         super().__init__()
         if head_width % 2: raise BadInput(f"rotary positions need an even head width, got {head_width}")
         self.rate = base ** (-torch.arange(0, head_width, 2).double() / head_width)
-        self.register_buffer("angles", torch.empty(0, head_width), persistent=False)
+        self.angles = torch.empty(0, head_width)  # no buffer: it grows, and processes that train together may differ in length
 
-    def table(self, length: int) -> tuple[Tensor, Tensor]:  # two of [L, d/h]
+    def table(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:  # two of [L, d/h]
         if len(self.angles) < length:
             a = torch.outer(torch.arange(length).double(), self.rate)
-            self.angles = torch.cat((a, a), -1).float().to(self.angles.device)
+            self.angles = torch.cat((a, a), -1).float()
+        self.angles = self.angles.to(device)
         return self.angles[:length].cos(), self.angles[:length].sin()
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:  # each [B, h, L, d/h]
-        cos, sin = (t.to(q.dtype) for t in self.table(q.shape[-2]))
+        cos, sin = (t.to(q.dtype) for t in self.table(q.shape[-2], q.device))
         turn = lambda x: x * cos + torch.cat((-x[..., x.shape[-1] // 2:], x[..., :x.shape[-1] // 2]), -1) * sin
         return turn(q), turn(k)
 

@@ -20,7 +20,7 @@ from ..registry import encoders
 # %% auto #0
 __all__ = ['FeatureEmbedding', 'GineLayer', 'MoleculeGNN']
 
-# %% ../../nbs/models/32_molgraph.ipynb #3e5ace45
+# %% ../../nbs/models/32_molgraph.ipynb #593e4ed8
 class FeatureEmbedding(nn.Module):
     "Rows of categories → the sum of one learned vector per feature."
     offsets: Tensor
@@ -33,12 +33,13 @@ class FeatureEmbedding(nn.Module):
         if not sizes or min(sizes) < 1: raise BadInput(f"every feature needs at least one category, got {tuple(sizes)}")
         self.table = nn.EmbeddingBag(sum(sizes), width, mode="sum")
         nn.init.normal_(self.table.weight, std=len(sizes) ** -0.5)
-        self.register_buffer("offsets", torch.tensor([sum(sizes[:f]) for f in range(len(sizes))]), persistent=False)
+        starts = [sum(sizes[:f]) for f in range(len(sizes))]
+        self.register_buffer("offsets", torch.tensor(starts), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:  # [N, F] int64 -> [N, d]
         return self.table(x + self.offsets)
 
-# %% ../../nbs/models/32_molgraph.ipynb #48d02cec
+# %% ../../nbs/models/32_molgraph.ipynb #921bc17f
 class GineLayer(nn.Module):
     "Sum of ReLU(neighbour + bond), then a two-layer network, added to the input."
     def __init__(self, width: int, bond_sizes: Sequence[int], dropout: float):
@@ -47,12 +48,8 @@ class GineLayer(nn.Module):
         self.bond = FeatureEmbedding(bond_sizes, width)
         self.feed_forward, self.dropout = FeedForward(width, 2, dropout=dropout), nn.Dropout(dropout)
 
-    def forward(
-        self,
-        h: Tensor,           # atom states, [N, d]
-        edge_index: Tensor,  # [2, E]: neighbour j, centre i; every bond in both directions
-        bonds: Tensor,       # [E, G]
-    ) -> Tensor:             # [N, d]
+    def forward(self, h: Tensor, edge_index: Tensor, bonds: Tensor) -> Tensor:  # [N, d], [2, E], [E, G] -> [N, d]
+        "Row 0 of `edge_index` is the neighbour j, row 1 the centre i; every bond stands in both directions."
         (j, i), x = edge_index, self.norm1(h)
         message = (x.index_select(0, j) + self.bond(bonds)).relu()                      # [E, d]
         return h + self.dropout(self.feed_forward(self.norm2(x + scatter_sum(message, i, len(h)))))

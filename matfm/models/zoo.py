@@ -62,7 +62,7 @@ def from_scratch(
         encoder = encoder_cls.for_representation(representation, **config)
     return Pretrained(encoder.eval(), representation, {"pretraining": "none", "seed": seed})
 
-# %% ../../nbs/models/39_zoo.ipynb #93bc3cf2
+# %% ../../nbs/models/39_zoo.ipynb #4b8ce691
 CONFIG_FIELDS = ["format", "representation", "encoder", "info", "weights_sha256"]
 SHEET_FILES = ["FACTSHEET.md", "factsheet.json"]
 
@@ -72,6 +72,7 @@ def _put_sheet(folder: Path, factsheet: Any) -> None:
         if not (Path(factsheet) / name).is_file(): raise BadInput(f"{factsheet} has no {name}")
         shutil.copyfile(Path(factsheet) / name, folder / name)
 
+# %% ../../nbs/models/39_zoo.ipynb #f46ad7bc
 def save_pretrained(
     folder: str | Path,     # made if need be
     pretrained: Pretrained,
@@ -89,7 +90,7 @@ def save_pretrained(
     if factsheet is not None: _put_sheet(folder, factsheet)
     return folder
 
-# %% ../../nbs/models/39_zoo.ipynb #cba3fe21
+# %% ../../nbs/models/39_zoo.ipynb #82963860
 def read_config(
     folder: Path,
     fields: list[str],  # the fields it must have, no more and no fewer
@@ -103,6 +104,7 @@ def read_config(
     if missing := [k for k in fields if k not in config]: raise BadInput(f"{folder / 'config.json'} lacks {', '.join(missing)}")
     return config
 
+# %% ../../nbs/models/39_zoo.ipynb #8f73086c
 def build_checked(registry: Registry, description: Mapping[str, Any]) -> Any:
     "`registry.build`, with unknown or missing arguments reported as bad input."
     if not isinstance(description, Mapping) or "name" not in description: raise BadInput(f"a {registry.kind} needs a 'name', got {description!r}")
@@ -129,7 +131,7 @@ def load_weights(
     try: module.load_state_dict(weights)
     except RuntimeError as e: raise BadInput(f"{path} does not fit {type(module).__name__}: {e}") from e
 
-# %% ../../nbs/models/39_zoo.ipynb #da9b4619
+# %% ../../nbs/models/39_zoo.ipynb #ff53790d
 def _places() -> list[Path]:
     return [Path(load_settings().root) / "data" / "checkpoints", Path(matfm.__file__).parents[1] / "data" / "checkpoints"]
 
@@ -141,6 +143,7 @@ def checkpoints() -> list[str]:
     "Names of the checkpoints in `data/checkpoints` of the workspace and of the checkout."
     return sorted(_shipped())
 
+# %% ../../nbs/models/39_zoo.ipynb #4f3630bd
 def load_pretrained(
     name_or_folder: str | Path,  # one of `checkpoints()`, or a folder
 ) -> Pretrained:                 # in evaluation mode

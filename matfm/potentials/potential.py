@@ -18,7 +18,8 @@ from ..core import BadInput, Spec, pick, require
 from ..registry import potentials
 
 # %% auto #0
-__all__ = ['GPA', 'WEIGHTS', 'pairs', 'lj_pair', 'LennardJones', 'chgnet_graph', 'CHGNet']
+__all__ = ['GPA', 'WEIGHTS', 'pairs', 'lj_pair', 'LennardJones', 'lj_efs', 'undirected', 'angles', 'graph_arrays', 'chgnet_graph',
+           'chgnet_model', 'chgnet_efs', 'CHGNet']
 
 # %% ../../nbs/potentials/70_potential.ipynb #73e725f2
 GPA = 160.21766208  # GPa in one eV/Å³
@@ -35,7 +36,7 @@ def pairs(
     keep = (i != j) | (d > 1e-8)
     return i[keep], j[keep], image[keep].astype(np.int64), d[keep]
 
-# %% ../../nbs/potentials/70_potential.ipynb #cb21e0c4
+# %% ../../nbs/potentials/70_potential.ipynb #24311d5a
 def lj_pair(
     d: np.ndarray,  # distances, Å
     epsilon: float, # depth, eV
@@ -45,6 +46,7 @@ def lj_pair(
     s6 = (sigma / d)**6
     return 4 * epsilon * (s6**2 - s6), -24 * epsilon * (2 * s6**2 - s6) / d
 
+# %% ../../nbs/potentials/70_potential.ipynb #927fd244
 @potentials.register("lennard_jones")
 @dataclass(frozen=True)
 class LennardJones(Spec):
@@ -57,114 +59,136 @@ class LennardJones(Spec):
         if min(self.epsilon, self.sigma) <= 0 or self.cutoff <= self.sigma:
             raise BadInput(f"need epsilon > 0, sigma > 0, cutoff > sigma; got {self.epsilon}, {self.sigma}, {self.cutoff}")
 
-    def efs(self, crystals: Sequence[Any]) -> list[dict[str, Any]]:
-        "`{'energy' eV, 'forces' [n, 3] eV/Å, 'stress' [3, 3] GPa}` of each crystal."
-        return [self._one(c) for c in crystals]
-
     def energies(self, crystals: Sequence[Any], batch: int = 16) -> np.ndarray:
         "Total energies `[B]`, eV; `batch` is accepted for the Protocol's sake."
-        return np.array([self._one(c)["energy"] for c in crystals])
+        return np.array([lj_efs(self, c)["energy"] for c in crystals])
 
-    def _one(self, crystal: Any) -> dict[str, Any]:
-        i, j, image, d = pairs(crystal, self.cutoff)
-        (e, g), (ec, gc) = lj_pair(d, self.epsilon, self.sigma), lj_pair(np.array(self.cutoff), self.epsilon, self.sigma)
-        cart = crystal.frac @ crystal.lattice
-        v = cart[j] + image @ crystal.lattice - cart[i]                      # [E, 3] centre → neighbour
-        pull = ((g - gc) / d)[:, None] * v                                   # derivative along the bond, [E, 3]
-        forces = np.zeros_like(cart)
-        np.add.at(forces, i, pull)
-        stress = 0.5 * np.einsum("ea,eb->ab", v, pull) / abs(np.linalg.det(crystal.lattice)) * GPA
-        return {"energy": float(0.5 * (e - ec - gc * (d - self.cutoff)).sum()), "forces": forces, "stress": stress}
+    def efs(self, crystals: Sequence[Any]) -> list[dict[str, Any]]:
+        "`{'energy' eV, 'forces' [n, 3] eV/Å, 'stress' [3, 3] GPa}` of each crystal."
+        return [lj_efs(self, c) for c in crystals]
 
-# %% ../../nbs/potentials/70_potential.ipynb #9f238e22
-@functools.lru_cache(maxsize=4)
-def _chgnet_model(weights: str) -> Any:
-    "The package's network on the CPU, in evaluation mode; loaded once per process."
-    import contextlib, io, logging
-    module = require("chgnet.model.model", "potentials")
-    with contextlib.redirect_stdout(io.StringIO()): model = module.CHGNet.load(model_name=weights, use_device="cpu", verbose=False)
-    return model.eval().requires_grad_(False)
+# %% ../../nbs/potentials/70_potential.ipynb #a1cb29b8
+def lj_efs(
+    potential: LennardJones,
+    crystal: Any,  # anything with `lattice`, `frac`
+) -> dict[str, Any]:
+    "Energy, forces and stress of one crystal; each bond is met twice, once from either end."
+    (i, j, image, d), L = pairs(crystal, potential.cutoff), np.asarray(crystal.lattice)
+    (e, g), (ec, gc) = (lj_pair(x, potential.epsilon, potential.sigma) for x in (d, np.array(potential.cutoff)))
+    cart = crystal.frac @ L
+    v = cart[j] + image @ L - cart[i]          # [E, 3] centre → neighbour
+    pull = ((g - gc) / d)[:, None] * v         # [E, 3] derivative along the bond
+    forces = np.zeros_like(cart)
+    np.add.at(forces, i, pull)
+    stress = 0.5 * np.einsum("ea,eb->ab", v, pull) / abs(np.linalg.det(L)) * GPA
+    return {"energy": float(0.5 * (e - ec - gc * (d - potential.cutoff)).sum()), "forces": forces, "stress": stress}
 
-def chgnet_graph(
-    crystal: Any,        # anything with `lattice`, `numbers`, `frac`
-    cutoff: float = 6.0, # Å, atom graph
-    bonds: float = 3.0,  # Å, bond graph: only pairs closer than this span angles
-) -> Any:
-    "CHGNet's `CrystalGraph`, built from arrays instead of one Python object per edge."
-    import torch
-    graph = require("chgnet.graph.crystalgraph", "potentials")
-    edges, image, und = _undirected(*pairs(crystal, cutoff)[:3])
-    n, d = len(crystal.numbers), _lengths(crystal, edges, image)
-    if len(np.unique(edges[:, 0])) < n: raise BadInput(f"an atom has no neighbour within {cutoff} Å: CHGNet cannot describe it")
-    first = np.full(und.max() + 1, -1)
-    first[und[::-1]] = np.arange(len(und))[::-1]
-    t = lambda a, k: torch.tensor(np.ascontiguousarray(a), dtype=k)
-    return graph.CrystalGraph(
-        atomic_number=t(crystal.numbers, torch.int32), atom_frac_coord=t(crystal.frac, torch.float32).requires_grad_(),
-        atom_graph=t(edges, torch.int32), atom_graph_cutoff=cutoff, neighbor_image=t(image, torch.float32),
-        directed2undirected=t(und, torch.int32), undirected2directed=t(first, torch.int32), bond_graph=t(_angles(edges, und, d < bonds), torch.int32),
-        bond_graph_cutoff=bonds, lattice=t(crystal.lattice, torch.float32).requires_grad_())
-
-# %% ../../nbs/potentials/70_potential.ipynb #fb3f8749
-def _undirected(i: np.ndarray, j: np.ndarray, image: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    "Directed edges `[E, 2]`, images `[E, 3]` and the index of the undirected bond of each `[E]`; bonds seen from one end only are dropped."
+# %% ../../nbs/potentials/70_potential.ipynb #a2628621
+def undirected(
+    i: np.ndarray,      # centre of each directed pair, [E]
+    j: np.ndarray,      # its neighbour, [E]
+    image: np.ndarray,  # and the neighbour's cell, [E, 3]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    "Directed edges `[E, 2]`, images `[E, 3]` and which bond each belongs to `[E]`; pairs seen from one end only are dropped."
     there, back = np.c_[i, j, image], np.c_[j, i, -image]
-    flip = np.zeros(len(i), bool)
-    undecided = np.ones(len(i), bool)
-    for a, b in zip(there.T, back.T):
+    flip, undecided = np.zeros(len(i), bool), np.ones(len(i), bool)
+    for a, b in zip(there.T, back.T):             # the lexicographically smaller of the two names the bond
         flip |= undecided & (a > b)
         undecided &= a == b
-    _, und, count = np.unique(np.where(flip[:, None], back, there), axis=0, return_inverse=True, return_counts=True)
-    und = und.reshape(-1)
-    keep = count[und] == 2
-    return np.c_[i, j][keep], image[keep], np.unique(und[keep], return_inverse=True)[1].reshape(-1)
+    _, bond, seen = np.unique(np.where(flip[:, None], back, there), axis=0, return_inverse=True, return_counts=True)
+    keep = seen[bond.reshape(-1)] == 2
+    return np.c_[i, j][keep], image[keep], np.unique(bond.reshape(-1)[keep], return_inverse=True)[1].reshape(-1)
 
-def _lengths(crystal: Any, edges: np.ndarray, image: np.ndarray) -> np.ndarray:
-    "Length of each edge, Å."
-    return np.linalg.norm((crystal.frac[edges[:, 1]] + image - crystal.frac[edges[:, 0]]) @ crystal.lattice, axis=1)
-
-def _angles(edges: np.ndarray, und: np.ndarray, short: np.ndarray) -> np.ndarray:
-    "Ordered pairs of different short bonds at one atom: `[A, 5]` atom, bond, edge, bond, edge."
+# %% ../../nbs/potentials/70_potential.ipynb #74dc19e2
+def angles(
+    edges: np.ndarray,  # [E, 2]
+    bond: np.ndarray,   # [E]
+    short: np.ndarray,  # [E] bool: close enough to span angles
+) -> np.ndarray:
+    "Ordered pairs of different short edges at one atom: `[A, 5]` atom, bond, edge, other bond, other edge."
     rows = [np.zeros((0, 5), int)]
     for atom in np.unique(edges[short, 0]):
         e = np.flatnonzero(short & (edges[:, 0] == atom))
         a, b = (x.ravel() for x in np.meshgrid(e, e, indexing="ij"))
         a, b = a[a != b], b[a != b]
-        rows.append(np.c_[np.full(len(a), atom), und[a], a, und[b], b])
+        rows.append(np.c_[np.full(len(a), atom), bond[a], a, bond[b], b])
     return np.concatenate(rows)
 
-# %% ../../nbs/potentials/70_potential.ipynb #5b186d00
-WEIGHTS = ("0.3.0", "0.2.0", "r2scan")
+# %% ../../nbs/potentials/70_potential.ipynb #c8c58060
+def graph_arrays(
+    crystal: Any,           # anything with `lattice`, `numbers`, `frac`
+    cutoff: float = 6.0,    # Å, atom graph
+    bonds: float = 3.0,     # Å, longest edge that spans angles
+    closest: float = 0.5,   # Å, atoms nearer than this are refused
+) -> dict[str, np.ndarray]:
+    "What CHGNet's graph consists of, as arrays under the package's own names."
+    edges, image, bond = undirected(*pairs(crystal, cutoff)[:3])
+    if len(np.unique(edges[:, 0])) < len(crystal.numbers): raise BadInput(f"an atom has no neighbour within {cutoff} Å: CHGNet cannot describe it")
+    d = np.linalg.norm((crystal.frac[edges[:, 1]] + image - crystal.frac[edges[:, 0]]) @ crystal.lattice, axis=1)
+    if d.min() < closest: raise BadInput(f"two atoms are {d.min():.2f} Å apart: far outside what CHGNet has seen")
+    return {"atom_graph": edges, "neighbor_image": image, "directed2undirected": bond,
+            "undirected2directed": np.unique(bond, return_index=True)[1], "bond_graph": angles(edges, bond, d < bonds)}
+
+def chgnet_graph(
+    crystal: Any,  # anything with `lattice`, `numbers`, `frac`
+) -> Any:
+    "CHGNet's `CrystalGraph`."
+    import torch
+    module, a = require("chgnet.graph.crystalgraph", "potentials"), graph_arrays(crystal)
+    whole = {k: torch.tensor(v, dtype=torch.float32 if k == "neighbor_image" else torch.int32) for k, v in a.items()}
+    return module.CrystalGraph(
+        atomic_number=torch.tensor(crystal.numbers, dtype=torch.int32), atom_frac_coord=torch.tensor(crystal.frac, dtype=torch.float32).requires_grad_(),
+        lattice=torch.tensor(crystal.lattice, dtype=torch.float32).requires_grad_(), atom_graph_cutoff=6.0, bond_graph_cutoff=3.0, **whole)
+
+# %% ../../nbs/potentials/70_potential.ipynb #adecc565
+@functools.lru_cache(maxsize=4)
+def chgnet_model(
+    weights: str,  # "0.3.0", "0.2.0" or "r2scan"
+) -> Any:
+    "The package's network on the CPU, its weights frozen; loaded once per process."
+    import contextlib
+    import io
+    module = require("chgnet.model.model", "potentials")
+    with contextlib.redirect_stdout(io.StringIO()): model = module.CHGNet.load(model_name=weights, use_device="cpu", verbose=False)
+    return model.eval().requires_grad_(False)
+
+# %% ../../nbs/potentials/70_potential.ipynb #35d58968
+def chgnet_efs(
+    model: Any,    # from `chgnet_model`
+    crystal: Any,  # anything with `lattice`, `numbers`, `frac`
+) -> dict[str, Any]:
+    "Energy, forces and stress of one crystal from one backward pass."
+    import torch
+    g, n = chgnet_graph(crystal), len(crystal.numbers)
+    batched = require("chgnet.model.model", "potentials").BatchedGraph.from_graphs(
+        [g], bond_basis_expansion=model.bond_basis_expansion, angle_basis_expansion=model.angle_basis_expansion, compute_stress=True)
+    total = model._compute(batched)["e"].sum() * n                 # the network's part; a sum over elements is added below
+    pos, strain = torch.autograd.grad(total, [batched.atom_positions[0], batched.strains[0]])
+    base = 0.0 if model.composition_model is None else float(model.composition_model([g])[0]) * n
+    return {"energy": float(total) + base, "forces": -pos.double().numpy(),
+            "stress": strain.double().numpy() / abs(np.linalg.det(crystal.lattice)) * GPA}
+
+# %% ../../nbs/potentials/70_potential.ipynb #398e143c
+WEIGHTS = ("0.3.0", "0.2.0", "r2scan")  # 0.x: PBE and PBE+U with the Materials Project's corrections; r2scan: transferred to r²SCAN
 
 @potentials.register("chgnet")
 @dataclass(frozen=True)
 class CHGNet(Spec):
-    "Deng et al.'s pretrained universal potential, on its own wheel's weights."
-    weights: str = "0.3.0"  # MPtrj (PBE/PBE+U with Materials Project corrections), or "r2scan"
+    "Deng et al.'s pretrained universal potential."
+    weights: str = "0.3.0"  # one of `WEIGHTS`
 
     def check(self) -> None: pick(self.weights, WEIGHTS, "CHGNet weights")
 
     def energies(self, crystals: Sequence[Any], batch: int = 16) -> np.ndarray:
         "Total energies `[B]`, eV."
         import torch
-        model, out = _chgnet_model(self.weights), []
+        model, out = chgnet_model(self.weights), [np.zeros(0)]
         for k in range(0, len(crystals), batch):
             part = crystals[k:k + batch]
             with torch.no_grad(): e = model([chgnet_graph(c) for c in part], task="e")["e"]
             out.append(e.double().numpy() * [len(c.numbers) for c in part])
-        return np.concatenate(out) if out else np.zeros(0)
+        return np.concatenate(out)
 
     def efs(self, crystals: Sequence[Any]) -> list[dict[str, Any]]:
-        "`{'energy' eV, 'forces' [n, 3] eV/Å, 'stress' [3, 3] GPa}` of each crystal, one at a time."
-        return [self._one(c) for c in crystals]
-
-    def _one(self, crystal: Any) -> dict[str, Any]:
-        import torch
-        model, g, n = _chgnet_model(self.weights), chgnet_graph(crystal), len(crystal.numbers)
-        batched = require("chgnet.model.model", "potentials").BatchedGraph.from_graphs(
-            [g], bond_basis_expansion=model.bond_basis_expansion, angle_basis_expansion=model.angle_basis_expansion, compute_stress=True)
-        total = model._compute(batched)["e"].sum() * n
-        pos, strain = torch.autograd.grad(total, [batched.atom_positions[0], batched.strains[0]])
-        base = 0.0 if model.composition_model is None else float(model.composition_model([g])[0]) * n
-        return {"energy": float(total) + base, "forces": -pos.double().numpy(),
-                "stress": strain.double().numpy() / abs(np.linalg.det(crystal.lattice)) * GPA}
+        "`{'energy' eV, 'forces' [n, 3] eV/Å, 'stress' [3, 3] GPa}` of each crystal, one at a time: batching needs more memory and saves nothing."
+        return [chgnet_efs(chgnet_model(self.weights), c) for c in crystals]

@@ -21,12 +21,14 @@ from ..core import BadInput, MatfmError, Spec, atomic_write, canonical_json, sha
 from .potential import GPA
 
 # %% auto #0
-__all__ = ['RATIO', 'SCAN', 'NotRelaxed', 'EOS', 'equation_of_state', 'Relaxed', 'at_volume', 'safe_energies', 'find_volume',
-           'relax_volume', 'symmetry', 'free_coordinates', 'relax_cell', 'Job', 'relax_job', 'relax_jobs', 'relax_all']
+__all__ = ['RATIO', 'SCAN', 'NotRelaxed', 'EOS', 'equation_of_state', 'minimum', 'Relaxed', 'at_volume', 'safe_energies',
+           'lockstep', 'Ladder', 'find_volume', 'judge', 'relax_volume', 'exact_energies', 'symmetry',
+           'free_coordinates', 'Path_', 'relax_cell', 'bfgs', 'Job', 'relax_job', 'kept', 'relax_jobs', 'as_row',
+           'relax_all']
 
-# %% ../../nbs/potentials/71_relax.ipynb #708eea23
+# %% ../../nbs/potentials/71_relax.ipynb #8a01b05a
 class NotRelaxed(MatfmError):
-    "A relaxation or an equation of state has no trustworthy answer; the message is the reason."
+    "There is no trustworthy minimum; the message is the reason."
 
 @dataclass(frozen=True)
 class EOS(Spec):
@@ -34,7 +36,7 @@ class EOS(Spec):
     V0: float   # equilibrium volume, Å³
     E0: float   # energy there, eV
     B0: float   # bulk modulus there, GPa
-    B1: float   # its pressure derivative, pure number
+    B1: float   # its derivative with respect to pressure, pure number
     rms: float = 0.0  # root mean square residual of the fit, eV
 
     def energy(self, volume: Any) -> Any:
@@ -42,7 +44,7 @@ class EOS(Spec):
         x = (self.V0 / np.asarray(volume, float))**(2 / 3) - 1
         return self.E0 + 9 / 16 * self.V0 * self.B0 / GPA * x**2 * (2 + (self.B1 - 4) * x)
 
-# %% ../../nbs/potentials/71_relax.ipynb #995c01ba
+# %% ../../nbs/potentials/71_relax.ipynb #9795a948
 def equation_of_state(
     volumes: Sequence[float] | np.ndarray,   # at least 5, Å³
     energies: Sequence[float] | np.ndarray,  # eV
@@ -52,37 +54,33 @@ def equation_of_state(
     if v.shape != e.shape or v.ndim != 1 or len(v) < 5: raise BadInput(f"need 5 or more (volume, energy) points, got shapes {v.shape} and {e.shape}")
     if not (np.isfinite(v).all() and np.isfinite(e).all() and (v > 0).all()): raise BadInput("volumes must be positive and everything finite")
     mid = v.mean()
-    c = np.polyfit((v / mid)**(-2 / 3), e - e.mean(), 3)     # a cubic in V^(-2/3) is exactly third-order Birch–Murnaghan
-    x = _minimum(c)
-    V0 = mid * x**(-3 / 2)
+    cubic = np.polyfit((v / mid)**(-2 / 3), e - e.mean(), 3)
+    x = minimum(cubic)
+    V0 = mid * x**-1.5
     if not v.min() < V0 < v.max(): raise NotRelaxed(f"the minimum ({V0:.2f} Å³) lies outside {v.min():.2f}–{v.max():.2f} Å³")
-    return _eos(c, x, mid, v, e)
+    d2, d3 = np.polyval(np.polyder(cubic, 2), x), np.polyval(np.polyder(cubic, 3), x)
+    rms = np.sqrt(np.mean((np.polyval(cubic, (v / mid)**(-2 / 3)) + e.mean() - e)**2))
+    return EOS(float(V0), float(np.polyval(cubic, x) + e.mean()), float(4 / 9 * x**2 * d2 / V0 * GPA), float(4 + 2 / 3 * d3 * x / d2), float(rms))
 
-# %% ../../nbs/potentials/71_relax.ipynb #b29ed2ef
-def _minimum(c: np.ndarray) -> float:
-    "Minimum of a cubic (highest power first) at x > 0; `NotRelaxed` if it has none."
-    roots = np.roots(np.polyder(c))
-    good = [r.real for r in roots if abs(r.imag) < 1e-9 and r.real > 0 and np.polyval(np.polyder(c, 2), r.real) > 0]
+# %% ../../nbs/potentials/71_relax.ipynb #bf76d5ee
+def minimum(
+    cubic: np.ndarray,  # coefficients, highest power first, [4]
+) -> float:
+    "Where a cubic has its minimum at x > 0; `NotRelaxed` if it has none."
+    roots = np.roots(np.polyder(cubic))
+    good = [r.real for r in roots if abs(r.imag) < 1e-9 and r.real > 0 and np.polyval(np.polyder(cubic, 2), r.real) > 0]
     if not good: raise NotRelaxed("energy against volume has no minimum")
     return float(good[0])
 
-def _eos(c: np.ndarray, x: float, mid: float, v: np.ndarray, e: np.ndarray) -> EOS:
-    "The coefficients of the cubic in x = (V/mid)^(-2/3), read as V0, E0, B0 and B0'."
-    V0, d2, d3 = mid * x**-1.5, np.polyval(np.polyder(c, 2), x), np.polyval(np.polyder(c, 3), x)
-    B0 = 4 / 9 * x**2 * d2 / V0                     # V E'' with dx/dV = -2/3 x/V at the minimum
-    B1 = 4 + 2 / 3 * d3 * x / d2 
-    rms = float(np.sqrt(np.mean((np.polyval(c, (v / mid)**(-2 / 3)) + e.mean() - e)**2)))
-    return EOS(float(V0), float(np.polyval(c, x) + e.mean()), float(B0 * GPA), float(B1), rms)
-
-# %% ../../nbs/potentials/71_relax.ipynb #514d2685
+# %% ../../nbs/potentials/71_relax.ipynb #d5e58a62
 @dataclass(frozen=True, eq=False)
 class Relaxed:
     "What came out of one relaxation."
     crystal: Any            # at its minimum, or where the search stopped
-    energy: float           # total, eV
+    energy: float           # total, eV; NaN where none was found
     eos: EOS | None = None  # from volume scans only
     steps: int = 0          # gradient evaluations
-    reason: str = ""        # empty: converged
+    reason: str = ""        # why it is not to be trusted; empty: converged
 
     @property
     def ok(self) -> bool: return not self.reason
@@ -95,6 +93,7 @@ def at_volume(
     scale = (volume / abs(np.linalg.det(crystal.lattice)))**(1 / 3)
     return dataclasses.replace(crystal, lattice=crystal.lattice * scale)
 
+# %% ../../nbs/potentials/71_relax.ipynb #d909a89a
 def safe_energies(
     potential: Any,
     crystals: Sequence[Any],
@@ -107,67 +106,78 @@ def safe_energies(
         e = np.concatenate([safe_energies(potential, [c], 1) for c in crystals])
     return np.where(np.isfinite(e), e, np.inf)
 
-# %% ../../nbs/potentials/71_relax.ipynb #f118a56a
-RATIO = 1.12  # between neighbouring volumes of the coarse walk: 4 % in length
+def lockstep(
+    potential: Any,
+    jobs: Sequence[Sequence[Any]],  # crystals of each job
+    batch: int = 8,
+) -> list[np.ndarray]:
+    "Energies of several lists of crystals through one batched call, eV."
+    flat = safe_energies(potential, [c for job in jobs for c in job], batch) if any(map(len, jobs)) else np.zeros(0)
+    return np.split(flat, np.cumsum([len(j) for j in jobs])[:-1])
 
-class _Walk:
-    "One crystal's energies on a geometric ladder of volumes; rung 0 is the guess."
+# %% ../../nbs/potentials/71_relax.ipynb #22770959
+RATIO = 1.12  # between neighbouring volumes of the ladder
+
+class Ladder:
+    "Energies of one crystal at volumes `RATIO**k` times that of the guess."
     def __init__(self, crystal: Any, reach: int):
         self.crystal, self.reach, self.energy = crystal, reach, dict[int, float]()
         self.v = abs(np.linalg.det(crystal.lattice))
 
-    def wanted(self) -> list[int]:
-        "Rungs to compute next; empty when the walk downhill from rung 0 has ended."
-        if not self.energy: return [-2, -1, 0, 1, 2]
-        low, hi = min(self.energy), max(self.energy)
-        if self.best == low and low > -self.reach: return [low - 2, low - 1]
-        if self.best == hi and hi < self.reach: return [hi + 1, hi + 2]
-        return []
-
     @property
     def best(self) -> int:
-        "Where steepest descent from rung 0 stops."
+        "The rung where walking downhill from rung 0 ends."
         k = 0
-        while True:
-            near = [j for j in (k - 1, k + 1) if j in self.energy]
-            lower = min(near, key=self.energy.__getitem__)
-            if not self.energy[lower] < self.energy[k]: return k
-            k = lower
+        while self.energy[lower := min((j for j in (k - 1, k + 1) if j in self.energy), key=self.energy.__getitem__)] < self.energy[k]: k = lower
+        return k
+
+    def wanted(self) -> list[int]:
+        "Rungs to compute next; none when the walk has ended."
+        if not self.energy: return [-2, -1, 0, 1, 2]
+        low, high = min(self.energy), max(self.energy)
+        if self.best == low > -self.reach: return [low - 2, low - 1]
+        return [high + 1, high + 2] if self.best == high < self.reach else []
 
     def volume(self) -> float:
-        "Minimum of the parabola through the three lowest rungs, Å³."
+        "Minimum of the parabola through the three lowest rungs, Å³; `NotRelaxed` if the walk fell off the ladder."
         k = self.best
         if k in (min(self.energy), max(self.energy)) or not np.isfinite(self.energy[k]): raise NotRelaxed("no minimum of energy against volume within reach")
         a, b, c = (self.energy[j] for j in (k - 1, k, k + 1))
         shift = 0.5 * (a - c) / (a - 2 * b + c) if np.isfinite([a, c]).all() else 0.0
         return self.v * RATIO**(k + shift)
 
-# %% ../../nbs/potentials/71_relax.ipynb #5b7a3882
-def _lockstep(potential: Any, jobs: list[list[Any]], batch: int) -> list[np.ndarray]:
-    "Energies of several lists of crystals through one batched call."
-    flat = safe_energies(potential, [c for job in jobs for c in job], batch) if any(jobs) else np.zeros(0)
-    return np.split(flat, np.cumsum([len(j) for j in jobs])[:-1])
-
+# %% ../../nbs/potentials/71_relax.ipynb #21363b44
 def find_volume(
     potential: Any,
     crystals: Sequence[Any],  # guesses
-    reach: int = 10,          # rungs of 12 % in volume searched either way
+    reach: int = 10,          # rungs searched either way
     batch: int = 8,
 ) -> list[float | NotRelaxed]:
-    "Walk downhill from each guess on a ladder of volumes: the volume (Å³) near the first minimum, or why there is none."
-    walks = [_Walk(c, reach) for c in crystals]
-    while any(todo := [w.wanted() for w in walks]):
-        got = _lockstep(potential, [[at_volume(w.crystal, w.v * RATIO**k) for k in ks] for w, ks in zip(walks, todo)], batch)
-        for w, ks, e in zip(walks, todo, got): w.energy.update(zip(ks, e.tolist()))
-    out: list[float | NotRelaxed] = []
-    for w in walks:
+    "The volume (Å³) near the first minimum downhill of each guess, or why there is none."
+    ladders, out = [Ladder(c, reach) for c in crystals], list[float | NotRelaxed]()
+    while any(todo := [w.wanted() for w in ladders]):
+        got = lockstep(potential, [[at_volume(w.crystal, w.v * RATIO**k) for k in ks] for w, ks in zip(ladders, todo)], batch)
+        for w, ks, e in zip(ladders, todo, got): w.energy.update(zip(ks, e.tolist()))
+    for w in ladders:
         try: out.append(w.volume())
-        except NotRelaxed as e: out.append(e)
+        except NotRelaxed as why: out.append(why)
     return out
 
-# %% ../../nbs/potentials/71_relax.ipynb #300cee46
+# %% ../../nbs/potentials/71_relax.ipynb #d27612ca
 SCAN = np.linspace(0.93, 1.07, 7)  # volumes of the fine scan, relative to its centre
 
+def judge(
+    crystal: Any,
+    eos: EOS,
+    scatter: float = 0.01,  # eV/atom
+) -> Relaxed:
+    "Accept an equation of state that is smooth and stable."
+    per_atom = eos.rms / len(crystal.numbers)
+    reason = "" if eos.B0 > 0 else f"negative bulk modulus: {eos.B0:.1f} GPa"
+    if per_atom > scatter: reason = f"energies scatter about the equation of state: {1000 * per_atom:.0f} meV/atom"
+    return Relaxed(at_volume(crystal, eos.V0), eos.E0, eos, reason=reason)
+
+# %% ../../nbs/potentials/71_relax.ipynb #b072aaa0
 def relax_volume(
     potential: Any,
     crystals: Sequence[Any],  # guesses; shape and fractional coordinates stay
@@ -176,31 +186,33 @@ def relax_volume(
 ) -> list[Relaxed]:
     "Equilibrium volume, energy and bulk modulus of each crystal; a failure carries its reason."
     centre = find_volume(potential, crystals, batch=batch)
-    done: dict[int, Relaxed] = {k: Relaxed(crystals[k], np.nan, reason=str(v)) for k, v in enumerate(centre) if isinstance(v, NotRelaxed)}
+    done = {k: Relaxed(crystals[k], np.nan, reason=str(v)) for k, v in enumerate(centre) if isinstance(v, NotRelaxed)}
     for _ in range(rounds):
         todo = [k for k in range(len(crystals)) if k not in done]
-        got = _lockstep(potential, [[at_volume(crystals[k], centre[k] * s) for s in SCAN] for k in todo], batch)
+        got = lockstep(potential, [[at_volume(crystals[k], centre[k] * s) for s in SCAN] for k in todo], batch)
         for k, e in zip(todo, got):
-            try:
-                eos = equation_of_state(centre[k] * SCAN, e)
-                if abs(eos.V0 / centre[k] - 1) < 0.02: done[k] = _judge(crystals[k], eos)
-                centre[k] = eos.V0
+            try: eos = equation_of_state(centre[k] * SCAN, e)
             except (NotRelaxed, BadInput): centre[k] *= SCAN[np.argmin(e)]
-    lost = "the fine scan never bracketed its minimum"
-    out = [done.get(k) or Relaxed(at_volume(c, centre[k]), np.nan, reason=lost) for k, c in enumerate(crystals)]
-    good = [k for k, r in enumerate(out) if r.ok]
-    for k, e in zip(good, safe_energies(potential, [out[k].crystal for k in good], batch) if good else []): out[k] = dataclasses.replace(out[k], energy=float(e))
-    return out
+            else:
+                if abs(eos.V0 / centre[k] - 1) < 0.02: done[k] = judge(crystals[k], eos)
+                centre[k] = eos.V0
+    left = {k: Relaxed(at_volume(c, centre[k]), np.nan, reason="no volume scan bracketed its minimum") for k, c in enumerate(crystals) if k not in done}
+    return exact_energies(potential, [{**done, **left}[k] for k in range(len(crystals))], batch)
 
-def _judge(crystal: Any, eos: EOS) -> Relaxed:
-    "Accept an equation of state that is smooth and stable."
-    reason = "" if eos.B0 > 0 else "negative bulk modulus"
-    if eos.rms > 0.01 * len(crystal.numbers): reason = f"energies scatter {1000 * eos.rms / len(crystal.numbers):.0f} meV/atom about the equation of state"
-    return Relaxed(at_volume(crystal, eos.V0), eos.E0, eos, reason=reason)
+# %% ../../nbs/potentials/71_relax.ipynb #7199c6b1
+def exact_energies(
+    potential: Any,
+    results: Sequence[Relaxed],
+    batch: int = 8,
+) -> list[Relaxed]:
+    "Replace the fitted energy of each converged result by the potential's own at that volume."
+    good = [k for k, r in enumerate(results) if r.ok]
+    exact = dict(zip(good, lockstep(potential, [[results[k].crystal] for k in good], batch)))
+    return [dataclasses.replace(r, energy=float(exact[k][0])) if k in exact else r for k, r in enumerate(results)]
 
-# %% ../../nbs/potentials/71_relax.ipynb #7d5d0e28
+# %% ../../nbs/potentials/71_relax.ipynb #fdbda1f0
 def symmetry(
-    crystal: Any,
+    crystal: Any,           # anything with `lattice`, `numbers`, `frac`
     symprec: float = 1e-3,  # Å
 ) -> Any:
     "moyopy's data set: `number` (space group), `operations` and more."
@@ -208,55 +220,60 @@ def symmetry(
     cell = moyopy.Cell(basis=np.asarray(crystal.lattice).tolist(), positions=np.asarray(crystal.frac).tolist(), numbers=[int(z) for z in crystal.numbers])
     return moyopy.MoyoDataset(cell, symprec=symprec)
 
-def _span(projector: np.ndarray) -> np.ndarray:
+def _span(
+    projector: np.ndarray,  # [k, k]
+) -> np.ndarray:
     "Orthonormal rows that a projector leaves alone."
     value, vector = np.linalg.eigh((projector + projector.T) / 2)
     return vector[:, value > 0.99].T
 
+# %% ../../nbs/potentials/71_relax.ipynb #addc22b7
 def free_coordinates(
     crystal: Any,
     symprec: float = 1e-3,  # Å
 ) -> tuple[np.ndarray, np.ndarray]:
-    "What symmetry leaves free: displacements `[k, n, 3]` (Cartesian, orthonormal) and strains `[m, 3, 3]`."
+    "What symmetry leaves free: displacements `[k, n, 3]` (Cartesian, without a common shift) and strains `[m, 3, 3]`, each set orthonormal."
     ops, L, n = symmetry(crystal, symprec).operations, np.asarray(crystal.lattice), len(crystal.numbers)
     move, stretch = np.zeros((n, 3, n, 3)), np.zeros((9, 9))
     for W, w in zip(np.array(ops.rotations), np.array(ops.translations)):
-        R = L.T @ W @ np.linalg.inv(L.T)
-        gap = (crystal.frac @ W.T + w)[:, None] - crystal.frac[None]        # [n, n, 3]
+        R = L.T @ W @ np.linalg.inv(L.T)                              # the rotation in Cartesian coordinates
+        gap = (crystal.frac @ W.T + w)[:, None] - crystal.frac[None]  # [n, n, 3]
         to = np.argmin(np.linalg.norm((gap - gap.round()) @ L, axis=2) + 1e3 * (crystal.numbers[:, None] != crystal.numbers), axis=1)
         for i, j in enumerate(to): move[j, :, i, :] += R
         stretch += np.kron(R, R)
-    swap = np.eye(9).reshape(3, 3, 9).transpose(1, 0, 2).reshape(9, 9)
     still = np.eye(3 * n) - np.tile(np.eye(3), (n, n)) / n
+    swap = np.eye(9).reshape(3, 3, 9).transpose(1, 0, 2).reshape(9, 9)
     P = still @ (move.reshape(3 * n, 3 * n) / len(ops)) @ still
     return _span(P).reshape(-1, n, 3), _span((np.eye(9) + swap) / 2 @ stretch / len(ops)).reshape(-1, 3, 3)
 
-# %% ../../nbs/potentials/71_relax.ipynb #a13fbc85
-class _Path:
-    "A crystal as a function of its free coordinates `q` = (displacements in Å, strains)."
+# %% ../../nbs/potentials/71_relax.ipynb #156f9e9f
+class Path_:
+    "A crystal as a function of its free coordinates `q`: displacements (Å), then strains."
     def __init__(self, crystal: Any, symprec: float):
         self.start, (self.move, self.stretch) = crystal, free_coordinates(crystal, symprec)
-        volume = abs(np.linalg.det(crystal.lattice))
-        self.stiff = np.r_[np.full(len(self.move), 8.0), np.full(len(self.stretch), 0.8 * volume)]   # eV/Å², eV
-        self.limit = np.r_[np.full(len(self.move), 0.2), np.full(len(self.stretch), 0.06)]           # longest step
+        sizes, volume = (len(self.move), len(self.stretch)), abs(np.linalg.det(crystal.lattice))
+        self.stiff = np.repeat([8.0, 0.8 * volume], sizes)   # eV/Å², eV
+        self.limit = np.repeat([0.2, 0.06], sizes)           # longest step in Å, in strain
 
-    def strain(self, q: np.ndarray) -> np.ndarray:
+    def deform(self, q: np.ndarray) -> np.ndarray:
+        "Deformation of the lattice `[3, 3]`."
         return np.eye(3) + np.tensordot(q[len(self.move):], self.stretch, 1)
 
     def crystal(self, q: np.ndarray) -> Any:
+        "The crystal at `q`."
         shift = np.tensordot(q[:len(self.move)], self.move, 1) @ np.linalg.inv(self.start.lattice)
-        return dataclasses.replace(self.start, lattice=self.start.lattice @ self.strain(q), frac=self.start.frac + shift)
+        return dataclasses.replace(self.start, lattice=self.start.lattice @ self.deform(q), frac=self.start.frac + shift)
 
     def __call__(self, potential: Any, q: np.ndarray) -> tuple[float, np.ndarray, float, float]:
-        "Energy (eV), gradient over q, largest force (eV/Å) and largest stress (GPa) that symmetry allows."
-        c = self.crystal(q)
-        out, volume, F = potential.efs([c])[0], abs(np.linalg.det(c.lattice)), self.strain(q)
+        "Energy (eV), gradient over `q`, largest force (eV/Å) and largest stress (GPa) that symmetry allows."
+        c, F = self.crystal(q), self.deform(q)
+        out, volume = potential.efs([c])[0], abs(np.linalg.det(c.lattice))
         g_move = np.einsum("kna,na->k", self.move, -out["forces"] @ F.T)
         g_strain = np.einsum("kab,ab->k", self.stretch, np.linalg.inv(F).T @ out["stress"] * volume / GPA)
-        force, stress = (np.tensordot(g, b, 1) for g, b in ((g_move, self.move), (g_strain, self.stretch)))
-        return out["energy"], np.r_[g_move, g_strain], float(np.abs(force).max(initial=0)), float(np.abs(stress).max(initial=0) * GPA / volume)
+        force, stress = (np.abs(np.tensordot(g, b, 1)).max(initial=0) for g, b in ((g_move, self.move), (g_strain, self.stretch)))
+        return out["energy"], np.r_[g_move, g_strain], float(force), float(stress * GPA / volume)
 
-# %% ../../nbs/potentials/71_relax.ipynb #090e97c6
+# %% ../../nbs/potentials/71_relax.ipynb #56ce42b6
 def relax_cell(
     potential: Any,
     crystal: Any,
@@ -265,8 +282,8 @@ def relax_cell(
     smax: float = 0.2,      # GPa
     symprec: float = 1e-3,  # Å, for the symmetry that is kept
 ) -> Relaxed:
-    "Relax lattice and positions inside the crystal's own space group (BFGS over the free coordinates)."
-    path = _Path(crystal, symprec)
+    "Relax lattice and positions inside the crystal's own space group."
+    path = Path_(crystal, symprec)
     q, H, trust = np.zeros(len(path.stiff)), np.diag(path.stiff), 1.0
     e, g, force, stress = path(potential, q)
     for k in range(1, steps):
@@ -274,13 +291,23 @@ def relax_cell(
         step = -np.linalg.solve(H, g)
         step *= min(1.0, trust / max(np.abs(step / path.limit).max(), 1e-12))
         e1, g1, force1, stress1 = path(potential, q + step)
-        y, hs = g1 - g, H @ step
-        if step @ y > 1e-3 * step @ (path.stiff * step): H = H + np.outer(y, y) / (y @ step) - np.outer(hs, hs) / (step @ hs)
+        H = bfgs(H, step, g1 - g, path.stiff)
         if e1 > e + 1e-4 * len(crystal.numbers): trust = max(0.25 * min(trust, np.abs(step / path.limit).max()), 1e-3)
         else: q, e, g, force, stress, trust = q + step, e1, g1, force1, stress1, min(1.0, 2 * trust)
-    return Relaxed(path.crystal(q), e, steps=steps, reason=f"not converged in {steps} steps: {force:.3f} eV/Å, {stress:.2f} GPa")
+    return Relaxed(path.crystal(q), e, steps=steps, reason=f"not relaxed in {steps} steps: {force:.3f} eV/Å, {stress:.2f} GPa")
 
-# %% ../../nbs/potentials/71_relax.ipynb #eb78c44d
+def bfgs(
+    H: np.ndarray,      # approximate second derivatives, [k, k]
+    step: np.ndarray,   # [k]
+    change: np.ndarray, # of the gradient over that step, [k]
+    stiff: np.ndarray,  # the guess it began with, [k]; flatter directions are not learnt
+) -> np.ndarray:
+    "The BFGS update."
+    if step @ change <= 1e-3 * step @ (stiff * step): return H
+    Hs = H @ step
+    return H + np.outer(change, change) / (change @ step) - np.outer(Hs, Hs) / (step @ Hs)
+
+# %% ../../nbs/potentials/71_relax.ipynb #4f235a27
 @dataclass(frozen=True, eq=False)
 class Job:
     "A guess to relax."
@@ -299,36 +326,43 @@ def relax_job(
     if isinstance(volume, NotRelaxed): return Relaxed(job.crystal, np.nan, reason=str(volume))
     try: cell = relax_cell(potential, at_volume(job.crystal, volume), steps=steps)
     except BadInput as e: return Relaxed(job.crystal, np.nan, reason=str(e))
-    if not cell.ok: return cell
-    return dataclasses.replace(relax_volume(potential, [cell.crystal])[0], steps=cell.steps)
+    return dataclasses.replace(relax_volume(potential, [cell.crystal])[0], steps=cell.steps) if cell.ok else cell
 
-def relax_jobs(
-    potential: Any,
-    jobs: Sequence[Job],
-) -> list[Relaxed]:
-    "Relax each job by the cheapest way its symmetry allows, and check that it kept its space group."
-    fixed = [k for k, j in enumerate(jobs) if not j.free]
-    done = dict(zip(fixed, relax_volume(potential, [jobs[k].crystal for k in fixed])))
-    return [_kept(done[k] if k in done else relax_job(potential, j), j) for k, j in enumerate(jobs)]
-
-def _kept(out: Relaxed, job: Job) -> Relaxed:
+# %% ../../nbs/potentials/71_relax.ipynb #603785f6
+def kept(
+    out: Relaxed,
+    job: Job,
+) -> Relaxed:
     "Mark a result whose space group is no longer the job's."
     if not out.ok: return out
     try: number = symmetry(out.crystal, 0.01).number
     except Exception as e: return dataclasses.replace(out, reason=f"no space group found: {e}")
     return out if number == job.space_group else dataclasses.replace(out, reason=f"relaxed from space group {job.space_group} into {number}")
 
-# %% ../../nbs/potentials/71_relax.ipynb #38dea7e0
-def _row(job: Job, out: Relaxed) -> dict[str, Any]:
+def relax_jobs(
+    potential: Any,
+    jobs: Sequence[Job],
+) -> list[Relaxed]:
+    "Relax each job the cheapest way its symmetry allows, and check that it kept its space group."
+    fixed = [k for k, j in enumerate(jobs) if not j.free]
+    done = dict(zip(fixed, relax_volume(potential, [jobs[k].crystal for k in fixed])))
+    return [kept(done[k] if k in done else relax_job(potential, j), j) for k, j in enumerate(jobs)]
+
+# %% ../../nbs/potentials/71_relax.ipynb #f006f708
+def as_row(
+    job: Job,
+    out: Relaxed,
+) -> dict[str, Any]:
     "One result as plain numbers; what was not found is None."
     eos = dataclasses.asdict(out.eos) if out.eos else dict.fromkeys(("V0", "E0", "B0", "B1", "rms"))
-    return {"id": job.id, "lattice": np.asarray(out.crystal.lattice).ravel().tolist(), "numbers": [int(z) for z in out.crystal.numbers],
-            "frac": (np.asarray(out.crystal.frac) % 1.0).ravel().tolist(), "energy": out.energy if np.isfinite(out.energy) else None, **eos, "steps": out.steps, "reason": out.reason}
+    arrays = {"lattice": np.asarray(out.crystal.lattice).ravel().tolist(), "numbers": [int(z) for z in out.crystal.numbers],
+              "frac": (np.asarray(out.crystal.frac) % 1.0).ravel().tolist()}
+    return {"id": job.id, **arrays, "energy": out.energy if np.isfinite(out.energy) else None, **eos, "steps": out.steps, "reason": out.reason}
 
 def relax_all(
     potential: Any,
     jobs: Sequence[Job],
-    folder: str | os.PathLike,  # shards are kept here: a run that was cut off goes on where it stopped
+    folder: str | os.PathLike,  # shards are kept here
     chunk: int = 32,            # jobs in one shard
 ) -> Iterator[list[dict[str, Any]]]:
     "Relax many jobs, one shard at a time; shards already in `folder` are read instead of computed."
@@ -338,6 +372,6 @@ def relax_all(
         guess = [[j.id, j.space_group, np.round(np.asarray(j.crystal.lattice), 6).tolist()] for j in part]
         file = Path(folder) / f"{sha256_text(canonical_json([type(potential).__name__, about, guess]))[:16]}.json"
         if not file.exists():
-            rows = [_row(j, r) for j, r in zip(part, relax_jobs(potential, part))]
+            rows = [as_row(j, r) for j, r in zip(part, relax_jobs(potential, part))]
             with atomic_write(file) as tmp: tmp.write_text(canonical_json(rows))
         yield json.loads(file.read_text())

@@ -43,11 +43,11 @@ def molecular_crystals(symbol: str) -> dict[str, tuple[Crystal, int]]:
     tilted = Structure.from_spacegroup(64, Lattice.orthorhombic(2.7 * grow, b, c), [symbol], [[0, 0.5 * 0.53 * bond / b, 0.5 * 0.85 * bond / c]])
     return {"molecule_r": (Crystal.from_pymatgen(upright.get_primitive_structure()), 166), "a14": (Crystal.from_pymatgen(tilted.get_primitive_structure()), 64)}
 
-# %% ../../nbs/potentials/74_stability.ipynb #d3abc1e5
+# %% ../../nbs/potentials/74_stability.ipynb #1cf1c021
 def elemental_forms(symbol: str) -> list[str]:
     "Names of the elemental prototypes worth trying for an element."
     metal = ["fcc", "bcc", "hcp", "sc"]
-    if symbol in MOLECULES: return ["sc", "a7"]
+    if symbol in MOLECULES: return []
     if symbol in ("B", "C", "Si", "P", "S", "Ga", "Ge", "As", "Se", "In", "Sn", "Sb", "Te", "Bi", "Al", "Tl", "Pb", "Zn", "Cd", "Hg"):
         extra = {"B": ["b12"], "Hg": ["hg"]}.get(symbol, [])
         return [*metal, "diamond", "beta_tin", "bct", "a7", "a8", "graphite", "alpha_ga", "black_p", *extra]

@@ -139,7 +139,7 @@ def as_floats(
     "All values in one transfer from the device."
     return dict(zip(losses, torch.stack([v.detach().float() for v in losses.values()]).tolist(), strict=True))
 
-# %% ../../nbs/pretrain/56_training.ipynb #7b7883ac
+# %% ../../nbs/pretrain/56_training.ipynb #bd991c8e
 class PretrainModule(L.LightningModule):
     "Encoder and objective under Lightning; knows nothing of devices, files or ranks."
     def __init__(self, encoder: nn.Module, objective: nn.Module, spec: PretrainSpec):
@@ -153,7 +153,8 @@ class PretrainModule(L.LightningModule):
         return self.first + self.global_step
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(parameter_groups(self, self.spec.weight_decay), lr=self.spec.lr, betas=(0.9, 0.98))
+        fused = self.spec.precision != "16-mixed"  # Lightning does not clip gradients that a fused optimizer scales itself
+        return torch.optim.AdamW(parameter_groups(self, self.spec.weight_decay), lr=self.spec.lr, betas=(0.9, 0.98), fused=fused)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         for group in self.trainer.optimizers[0].param_groups:
@@ -354,23 +355,22 @@ class PretrainRun:
         ax.set_xlabel("step"); ax.set_ylabel(key.replace("_", " ")); ax.legend(frameon=False)
         return ax
 
-# %% ../../nbs/pretrain/56_training.ipynb #e04fb009
+# %% ../../nbs/pretrain/56_training.ipynb #041c4097
 def make_trainer(
-    spec: Any,                         # a spec with precision, accelerator and perhaps devices and strategy
+    spec: Any,                         # a spec with `precision` and `accelerator`
     progress: bool,
     callbacks: Sequence[L.Callback] = (),
-    **options: Any,                    # `max_steps`, `max_epochs` …
+    **options: Any,                    # `max_steps`, `devices`, `strategy` …
 ) -> L.Trainer:
     "Lightning's trainer without logger, checkpoints and summary of its own."
-    return L.Trainer(accelerator=spec.accelerator, precision=spec.precision, devices=getattr(spec, "devices", 1), strategy=getattr(spec, "strategy", "auto"),
-                     callbacks=list(callbacks), logger=False, enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=progress,
-                     num_sanity_val_steps=0, barebones=False, **options)
+    return L.Trainer(accelerator=spec.accelerator, precision=spec.precision, callbacks=list(callbacks), enable_progress_bar=progress, logger=False,
+                     enable_checkpointing=False, enable_model_summary=False, num_sanity_val_steps=0, **{"devices": 1, **options})
 
-# %% ../../nbs/pretrain/56_training.ipynb #362e042d
+# %% ../../nbs/pretrain/56_training.ipynb #262995c9
 def _fit(module: PretrainModule, keeper: KeeperHooks, data: Pretrained, items: Sequence[Item], spec: PretrainSpec, progress: bool) -> None:
     plan = BatchPlan(sizes_of(data.representation, items), spec.batch_size, seed=spec.seed)
     left = spec.steps - module.first
-    trainer = make_trainer(spec, progress, [keeper], max_steps=left, max_epochs=-1, gradient_clip_val=spec.clip)
+    trainer = make_trainer(spec, progress, [keeper], max_steps=left, max_epochs=-1, gradient_clip_val=spec.clip, devices=spec.devices, strategy=spec.strategy)
     world = trainer.world_size
     steps = Steps(data.representation, items, plan, module.first * world, left * world)
     trainer.fit(module, DataLoader(steps, batch_size=None, shuffle=False))
