@@ -472,7 +472,7 @@ def setup(app: Any) -> dict[str, Any]:
     app.add_html_math_renderer("mathml", (inline, None), (block, None))
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 
-# %% ../../nbs/app/97_site.ipynb #8e1619e1
+# %% ../../nbs/app/97_site.ipynb #47c44d4a
 def _sphinx_options() -> dict[str, Any]:
     "The whole configuration of Sphinx."
     theme = {"logo": {"image_light": "_static/logo.svg", "image_dark": "_static/logo-dark.svg", "text": "matfm"},
@@ -482,7 +482,7 @@ def _sphinx_options() -> dict[str, Any]:
     return {"project": "matfm", "copyright": "The matfm developers", "author": "The matfm developers", "html_title": "matfm", "language": "en",
             "extensions": ["myst_nb", "matfm.app.site"], "html_theme": "pydata_sphinx_theme", "html_theme_options": theme,
             "html_static_path": ["_static"], "html_css_files": ["site.css"], "html_favicon": "_static/logo.svg", "html_math_renderer": "mathml",
-            "html_context": {"default_mode": "auto"}, "html_copy_source": False, "html_show_sourcelink": False, "html_show_sphinx": False, "html_sidebars": {"index": [], "results": []},
+            "html_context": {"default_mode": "auto"}, "html_copy_source": False, "html_use_index": False, "html_show_sourcelink": False, "html_show_sphinx": False, "html_sidebars": {"index": [], "results": []},
             "nb_execution_mode": "off", "nb_ipywidgets_js": {}, "nb_code_prompt_show": "Source", "nb_code_prompt_hide": "Source",
             "nb_output_stderr": "remove", "nb_merge_streams": True, "myst_enable_extensions": ["dollarmath", "amsmath", "colon_fence"],
             "myst_update_mathjax": False, "myst_heading_anchors": 3, "suppress_warnings": ["myst.header", "mystnb.mime_priority", "mystnb.unknown_mime_type"]}
@@ -549,7 +549,7 @@ def _written_pages(source: _Source, root: Path, pages: Sequence[Page]) -> None:
     for name, (text, _, _) in cards.items(): source.add(f"cards/{name}.md", text)
     source.add("cards/index.md", cards_page({name: (title, lead) for name, (_, title, lead) in cards.items()}))
 
-# %% ../../nbs/app/97_site.ipynb #d8150d28
+# %% ../../nbs/app/97_site.ipynb #8a8455e4
 def _sphinx(source: Path, html_folder: Path) -> str:
     "Run Sphinx in a process of its own; what it warned about."
     for module in ("sphinx", "myst_nb", "pydata_sphinx_theme", "latex2mathml"): require(module, "site")
@@ -559,15 +559,17 @@ def _sphinx(source: Path, html_folder: Path) -> str:
     if done.returncode: raise MatfmError(f"Sphinx could not build the site:\n{done.stderr[-3000:]}")
     return done.stderr.replace(f"{source}{os.sep}", "").strip()
 
-def _publish(built: Path, out: Path) -> None:
+def _publish(built: Path, out: Path, source: Path) -> None:
     "Copy what changed; remove what an earlier build of ours left behind, and nothing else."
     files = {p.relative_to(built).as_posix(): p for p in built.rglob("*") if p.is_file() and not p.name.startswith(".buildinfo")}
+    pages = {p.relative_to(source).with_suffix(".html").as_posix() for p in source.rglob("*") if p.suffix in (".md", ".ipynb")}
+    files = {k: p for k, p in files.items() if p.suffix != ".html" or k in pages | {"search.html"}}
     listed = built.with_name("published.json")
     for name in set(json.loads(listed.read_text()) if listed.is_file() else []) - set(files): (out / name).unlink(missing_ok=True)
     for name, p in files.items(): _write(out / name, p.read_bytes())
     listed.write_text(json.dumps(sorted(files)))
 
-# %% ../../nbs/app/97_site.ipynb #113ac32e
+# %% ../../nbs/app/97_site.ipynb #40e44f95
 def build_site(
     out: str | os.PathLike = "_site",       # the folder to write; its `index.html` is the home page
     notebooks: str | os.PathLike = "nbs",   # results and FactSheets are taken from `data/` beside it
@@ -581,7 +583,7 @@ def build_site(
     _look(source)
     source.prune()
     said = _sphinx(source.folder, work / "html")
-    _publish(work / "html", out)
+    _publish(work / "html", out, source.folder)
     if said: warnings.warn(f"the site was built with warnings:\n{said}", stacklevel=2)
     return out
 

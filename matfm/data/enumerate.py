@@ -279,11 +279,11 @@ def _react(mol: Any, name: str, rng: np.random.Generator) -> Any:
         except ValueError: return None
     return mol
 
-# %% ../../nbs/data/17_enumerate.ipynb #3b808b01
+# %% ../../nbs/data/17_enumerate.ipynb #df3aa769
 @functools.cache
 def _reactions() -> dict[str, Any]:
-    from rdkit.Chem import AllChem
-    return {k: AllChem.ReactionFromSmarts(v) for k, v in VARIANTS.items()}
+    from rdkit.Chem import rdChemReactions
+    return {k: rdChemReactions.ReactionFromSmarts(v) for k, v in VARIANTS.items()}
 
 def _vary(basket: _Basket, names: Sequence[str], n: int, seed: int) -> None:
     "Add variants of what is in the basket until it holds `n`, or every molecule has had six tries."

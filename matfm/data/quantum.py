@@ -87,20 +87,20 @@ def _force_field(mol: Any, conformer: int) -> tuple[Any, str]:
         if ff.UFFHasAllMoleculeParams(mol): return ff.UFFGetMoleculeForceField(mol, confId=conformer), "UFF"
     raise LabelFailed("no force field parameters")
 
-# %% ../../nbs/data/18_quantum.ipynb #5fef14e2
+# %% ../../nbs/data/18_quantum.ipynb #9fd752c9
 def _embed(smiles: str, n: int) -> tuple[Any, list[int]]:
     "Molecule with hydrogens and up to `n` ETKDG conformers."
     from rdkit import Chem, rdBase
-    from rdkit.Chem import AllChem
+    from rdkit.Chem import rdDistGeom
     with rdBase.BlockLogs(): mol = Chem.MolFromSmiles(smiles)
     if mol is None or not mol.GetNumAtoms(): raise LabelFailed("not a valid SMILES")
-    mol, how = Chem.AddHs(mol), AllChem.ETKDGv3()
+    mol, how = Chem.AddHs(mol), rdDistGeom.ETKDGv3()
     how.randomSeed = int(hashlib.sha256(f"conformer|{smiles}".encode()).hexdigest()[:16], 16) % 2**31
     how.maxIterations = 200
-    found = list(AllChem.EmbedMultipleConfs(mol, n, how))
+    found = list(rdDistGeom.EmbedMultipleConfs(mol, n, how))
     if not found:
         how.useRandomCoords = True
-        found = list(AllChem.EmbedMultipleConfs(mol, n, how))
+        found = list(rdDistGeom.EmbedMultipleConfs(mol, n, how))
     if not found: raise LabelFailed("embedding failed")
     return mol, found
 
@@ -247,12 +247,12 @@ def gfn2_labels(
             "n_heavy": int((c.numbers > 1).sum()), "n_atoms": len(c.numbers), "force_field": c.force_field, "steps": done.steps, "fmax": done.fmax,
             "converged": True, "seconds": time.perf_counter() - t, "numbers": c.numbers.tolist(), "positions": done.positions.astype(np.float32).ravel().tolist()}
 
-# %% ../../nbs/data/18_quantum.ipynb #8c2de9e6
-_BAD = {"id": pl.String, "smiles": pl.String, "reason": pl.String}
-_ROW = {"id": pl.String, "smiles": pl.String, **{k: pl.Float64 for k in LABELS}, "n_heavy": pl.Int64, "n_atoms": pl.Int64, "force_field": pl.String, "steps": pl.Int64,
+# %% ../../nbs/data/18_quantum.ipynb #50b6ff59
+_BAD: dict[str, Any] = {"id": pl.String, "smiles": pl.String, "reason": pl.String}
+_ROW: dict[str, Any] = {"id": pl.String, "smiles": pl.String, **{k: pl.Float64 for k in LABELS}, "n_heavy": pl.Int64, "n_atoms": pl.Int64, "force_field": pl.String, "steps": pl.Int64,
         "fmax": pl.Float64, "converged": pl.Boolean, "seconds": pl.Float64, "numbers": pl.List(pl.Int64), "positions": pl.List(pl.Float32)}
 
-# %% ../../nbs/data/18_quantum.ipynb #25f1af47
+# %% ../../nbs/data/18_quantum.ipynb #7f1bc3f6
 def _label_shard(rows: Sequence[tuple[str, str]], folder: Path, k: int, spec: LabelSpec) -> None:
     "Label (id, smiles) pairs and write them, the failures first: a shard counts as done when its rows are there."
     good, bad = [], []
@@ -260,7 +260,8 @@ def _label_shard(rows: Sequence[tuple[str, str]], folder: Path, k: int, spec: La
         try: good.append({"id": i, "smiles": smiles, **gfn2_labels(smiles, spec)})
         except LabelFailed as e: bad.append({"id": i, "smiles": smiles, "reason": str(e)})
         except (ValueError, RuntimeError) as e: bad.append({"id": i, "smiles": smiles, "reason": f"unexpected: {type(e).__name__}: {e}"})
-    for name, data, schema in [("failed", bad, _BAD), ("rows", good, _ROW)]:
+    tables: list[tuple[str, list[dict[str, Any]], dict[str, Any]]] = [("failed", bad, _BAD), ("rows", good, _ROW)]
+    for name, data, schema in tables:
         with atomic_write(folder / f"{name}-{k:05d}.parquet") as tmp: pl.DataFrame(data, schema=schema).write_parquet(tmp)
 
 # %% ../../nbs/data/18_quantum.ipynb #8cc7727e
@@ -279,7 +280,7 @@ def _claim(folder: Path, records: Records, spec: LabelSpec, size: int) -> None:
     theirs = LabelJob.from_json(note.read_text())
     if theirs != mine: raise BadInput(f"{folder} holds the labels of another job ({theirs.to_json()}); give another folder, this job is {mine.to_json()}")
 
-# %% ../../nbs/data/18_quantum.ipynb #7e79150d
+# %% ../../nbs/data/18_quantum.ipynb #48166a86
 def label(
     records: Records,               # molecules, in the order in which they are to be labelled
     folder: str | Path,             # for the shards
@@ -295,7 +296,7 @@ def label(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _claim(folder, records, spec, size)
-    pairs = list(zip(records.ids, records.structures()))[:limit if limit is None else -(-limit // size) * size]
+    pairs = list(zip(records.ids, records.structures(), strict=True))[:limit if limit is None else -(-limit // size) * size]
     todo = [k for k in range(-(-len(pairs) // size)) if not (folder / f"rows-{k:05d}.parquet").exists()]
     from joblib import Parallel, delayed
     from tqdm.auto import tqdm
