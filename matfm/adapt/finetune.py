@@ -74,7 +74,7 @@ class FinetuneSpec(Spec):
             if not 0 <= getattr(self, k) < 1: raise BadInput(f"{k} must be at least 0 and below 1, got {getattr(self, k)}")
         if not 0 < self.layer_decay <= 1: raise BadInput(f"layer_decay must be above 0 and at most 1, got {self.layer_decay}")
 
-# %% ../../nbs/adapt/60_finetune.ipynb #ce4617b4
+# %% ../../nbs/adapt/60_finetune.ipynb #9c38c835
 @dataclass(eq=False)
 class Labelled:
     "Items with their targets."
@@ -93,6 +93,7 @@ class Labelled:
 
     def take(self, rows: np.ndarray) -> Labelled: return Labelled(self.representation, [self.items[i] for i in rows], self.y[rows], self.rejected)
 
+# %% ../../nbs/adapt/60_finetune.ipynb #d86ae3e5
 def label(
     representation: Any,
     task: Task,
@@ -108,11 +109,12 @@ def label(
     if len(rows) == 0: raise BadInput(f"the {what} records have no row with a label for {', '.join(task.names)}")
     return Labelled(representation, [items[i] for i in rows], y[rows], rejected)
 
-# %% ../../nbs/adapt/60_finetune.ipynb #aff06e85
+# %% ../../nbs/adapt/60_finetune.ipynb #2d783d0f
 def _batches(representation: Any, items: Sequence[Item], batch_size: int, y: np.ndarray | None = None) -> Loader:
     "All items once, the small ones first."
     return Loader(representation, items, BatchPlan(sizes_of(representation, items), batch_size, shuffle=False), y)
 
+# %% ../../nbs/adapt/60_finetune.ipynb #4731790e
 @torch.no_grad()
 def predict_items(
     predictor: Predictor,
@@ -133,7 +135,7 @@ def predict_items(
 
 def _to(batch: Batch, device: torch.device) -> Batch: return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
-# %% ../../nbs/adapt/60_finetune.ipynb #32ef9bca
+# %% ../../nbs/adapt/60_finetune.ipynb #ebf8bfc5
 class Vectors:
     "A representation whose items are embeddings."
     def size(self, item: Item) -> int: return 1
@@ -145,6 +147,7 @@ class Vectors:
         return {**batch, "numbers": torch.from_numpy(np.concatenate([i["numbers"] for i in items])), "counts": counts,
                 "graph": torch.arange(len(items)).repeat_interleave(counts)}
 
+# %% ../../nbs/adapt/60_finetune.ipynb #93ad0e8f
 class Ready(nn.Module):
     "An encoder that hands out the embeddings it is given."
     def __init__(self, width: int):
@@ -155,7 +158,7 @@ class Ready(nn.Module):
         e = batch["embedding"]
         return Encoded(e, e[:, None], torch.ones(len(e), 1, dtype=torch.bool, device=e.device))
 
-# %% ../../nbs/adapt/60_finetune.ipynb #26336623
+# %% ../../nbs/adapt/60_finetune.ipynb #693db777
 @torch.no_grad()
 def embed_items(
     pretrained: Pretrained,
@@ -171,6 +174,7 @@ def embed_items(
     pretrained.encoder.train(was)
     return out
 
+# %% ../../nbs/adapt/60_finetune.ipynb #4e965178
 def as_vectors(
     pretrained: Pretrained,
     data: Labelled,
@@ -182,7 +186,7 @@ def as_vectors(
         data.embedded[key] = [{"embedding": v, **({"numbers": i["numbers"]} if "numbers" in i else {})} for v, i in zip(vectors, data.items, strict=True)]
     return Labelled(Vectors(), data.embedded[key], data.y, data.rejected)
 
-# %% ../../nbs/adapt/60_finetune.ipynb #c061d670
+# %% ../../nbs/adapt/60_finetune.ipynb #87026890
 def layers_of(
     encoder: nn.Module,
 ) -> dict[str, int]:  # parameter name → layer; 0 is the bottom
@@ -194,6 +198,7 @@ def layers_of(
         out[n] = numbered.get(n, top if seen else 0)
     return out
 
+# %% ../../nbs/adapt/60_finetune.ipynb #e536ff42
 def rate_groups(
     predictor: Predictor,
     spec: FinetuneSpec,
@@ -301,7 +306,7 @@ class Model:
     def plot(self, ax: Any = None) -> Any: return plot_history(self, ax)
     def _repr_html_(self) -> str: return model_html(self)
 
-# %% ../../nbs/adapt/60_finetune.ipynb #82ab50b3
+# %% ../../nbs/adapt/60_finetune.ipynb #301419f1
 def save_model(model: Model, folder: str | Path, factsheet: Any = None) -> Path:
     "Write configuration, weights and (if given) a FactSheet."
     from safetensors.torch import save_file
@@ -315,6 +320,7 @@ def save_model(model: Model, folder: str | Path, factsheet: Any = None) -> Path:
     if factsheet is not None: factsheet.save(folder)
     return folder
 
+# %% ../../nbs/adapt/60_finetune.ipynb #352d5ed1
 def load_model(folder: str | Path) -> Model:
     "Read a model's folder; offline, nothing unpickled."
     folder = Path(folder)
@@ -324,7 +330,7 @@ def load_model(folder: str | Path) -> Model:
     load_weights(predictor, folder / "model.safetensors", c["weights_sha256"])
     return Model(predictor, build_checked(representations, c["representation"]), FinetuneSpec.from_dict(c["spec"]), c["history"], c["step0"], c["info"])
 
-# %% ../../nbs/adapt/60_finetune.ipynb #315fc779
+# %% ../../nbs/adapt/60_finetune.ipynb #8f9e0921
 def plot_history(model: Model, ax: Any = None) -> Any:
     "Training and validation loss over the epochs; the best epoch is marked."
     import matplotlib.pyplot as plt
@@ -334,6 +340,7 @@ def plot_history(model: Model, ax: Any = None) -> Any:
     ax.set_xlabel("epoch"); ax.set_ylabel("loss"); ax.legend(frameon=False)
     return ax
 
+# %% ../../nbs/adapt/60_finetune.ipynb #6ef860ca
 def model_html(model: Model) -> str:
     "What the model predicts and how its training went."
     rows = [{"output": o.name, "kind": o.kind, "unit": o.unit, "error at step 0": e["error"], "best constant": e["constant"],
@@ -341,7 +348,7 @@ def model_html(model: Model) -> str:
     about = f"{type(model.predictor.encoder).__name__}, {model.spec.strategy}, best epoch {model.info['best_epoch']} of {len(model.history)}"
     return f"<p><b>Model</b>: {about}</p>{html_table(rows)}"
 
-# %% ../../nbs/adapt/60_finetune.ipynb #18b5038e
+# %% ../../nbs/adapt/60_finetune.ipynb #520e443e
 def _copied(encoder: Any, dropout: float) -> Any:
     "A copy of the encoder with another dropout, as far as it has one."
     if "dropout" not in encoder.config or encoder.config["dropout"] == dropout: return copy.deepcopy(encoder)
@@ -349,6 +356,7 @@ def _copied(encoder: Any, dropout: float) -> Any:
     made.load_state_dict(encoder.state_dict())
     return made
 
+# %% ../../nbs/adapt/60_finetune.ipynb #7b395dd7
 def _train(predictor: Predictor, train: Labelled, valid: Labelled, spec: FinetuneSpec, progress: bool) -> tuple[Any, bool]:
     "Run Lightning; returns the module (best weights restored) and whether it was interrupted."
     from matfm.pretrain.training import interruptible, make_trainer, quiet_lightning, torch_threads
@@ -361,7 +369,7 @@ def _train(predictor: Predictor, train: Labelled, valid: Labelled, spec: Finetun
     predictor.to("cpu").eval()
     return module, stop.is_set()
 
-# %% ../../nbs/adapt/60_finetune.ipynb #48a02943
+# %% ../../nbs/adapt/60_finetune.ipynb #c588b62c
 def fit_labelled(
     pretrained: Pretrained,
     task: Task,
@@ -384,6 +392,7 @@ def fit_labelled(
             "valid": {k: v for k, v in best.items() if k in task.names}, "rejected": len(train.rejected) + len(valid.rejected), "start": pretrained.info}
     return Model(whole, pretrained.representation, spec, module.history, step0, info, train.rejected + valid.rejected)
 
+# %% ../../nbs/adapt/60_finetune.ipynb #c88c7317
 def finetune(
     pretrained: Pretrained,   # encoder and representation; not changed
     task: Task,               # outputs; their names are target columns of the records
@@ -394,8 +403,8 @@ def finetune(
     jobs: int = 1,            # processes for featurising
 ) -> Model:
     "Fit a model of the task's outputs to labelled records."
-    parts = [label(pretrained.representation, task, r, what, jobs) for r, what in ((train, "training"), (valid, "validation"))]
-    return fit_labelled(pretrained, task, *parts, spec, progress)
+    a, b = (label(pretrained.representation, task, r, what, jobs) for r, what in ((train, "training"), (valid, "validation")))
+    return fit_labelled(pretrained, task, a, b, spec, progress)
 
 # %% ../../nbs/adapt/60_finetune.ipynb #7fd70024
 @dataclass(eq=False)
@@ -471,7 +480,7 @@ def finetune_ensemble(
         models.append(fit_labelled(start(spec.seed + k) if k else first, task, a if rows is None else a.take(rows), b, spec.replace(seed=spec.seed + k), progress))
     return Ensemble(models)
 
-# %% ../../nbs/adapt/60_finetune.ipynb #05e256da
+# %% ../../nbs/adapt/60_finetune.ipynb #bec725e4
 def save_ensemble(e: Ensemble, folder: str | Path, factsheet: Any = None) -> Path:
     "One folder for each member, and `ensemble.json` with their names and the calibration."
     folder = Path(folder)
@@ -481,6 +490,7 @@ def save_ensemble(e: Ensemble, folder: str | Path, factsheet: Any = None) -> Pat
     if factsheet is not None: factsheet.save(folder)
     return folder
 
+# %% ../../nbs/adapt/60_finetune.ipynb #3a0fec04
 def load_ensemble(folder: str | Path) -> Ensemble:
     "Inverse of `save_ensemble`."
     file = Path(folder) / "ensemble.json"

@@ -23,11 +23,13 @@ from ..settings import load_settings
 
 # %% auto #0
 __all__ = ['app', 'runs_app', 'data_app', 'Names', 'Given', 'Preset', 'Jobs', 'Where', 'Experiment', 'DataName', 'Smiles', 'Cif',
-           'DEFAULT_CHECKPOINT', 'DEFAULT_ENCODER', 'Out', 'Model', 'Commands', 'group', 'root', 'run', 'runs_list',
-           'runs_show', 'runs_compare', 'data_list', 'data_get', 'data_card', 'structure_column', 'read_labelled',
-           'starting_point', 'pretrain', 'checkpoint_folder', 'models', 'card', 'site', 'lab', 'main']
+           'DEFAULT_CHECKPOINT', 'DEFAULT_ENCODER', 'Out', 'Model', 'DEFAULT_SPLIT', 'FOREST', 'LEVEL', 'Split',
+           'Target', 'TableFile', 'Commands', 'group', 'root', 'run', 'runs_list', 'runs_show', 'runs_compare',
+           'data_list', 'data_get', 'data_card', 'structure_column', 'read_labelled', 'starting_point', 'pretrain',
+           'task_of', 'finetuned_sheet', 'finetune', 'predict_table', 'predict', 'checkpoint_folder', 'models', 'card',
+           'site', 'lab', 'main']
 
-# %% ../../nbs/app/99_cli.ipynb #ed5eb4c9
+# %% ../../nbs/app/99_cli.ipynb #2d7e5c92
 class Commands(TyperGroup):
     "The root of all commands: turns matfm's errors into one line and an exit code."
     def invoke(self, ctx: Any) -> Any:
@@ -40,7 +42,8 @@ class Commands(TyperGroup):
             for line in rest: typer.echo(line, err=True)
             raise typer.Exit(1 if isinstance(e, RunFailed) else 2) from e
         except KeyboardInterrupt:
-            typer.secho("interrupted; the same command continues where it stopped", fg="yellow", err=True)
+            again = "; the same command continues where it stopped" if ctx.invoked_subcommand in ("run", "pretrain") else ""
+            typer.secho(f"interrupted{again}", fg="yellow", err=True)
             raise typer.Exit(130) from None
 
 # %% ../../nbs/app/99_cli.ipynb #601accf5
@@ -239,7 +242,7 @@ def starting_point(
     if found.representation.domain != domain: raise BadInput(f"{name} reads {found.representation.domain}s, the data are {domain}s")
     return found
 
-# %% ../../nbs/app/99_cli.ipynb #12d53fd7
+# %% ../../nbs/app/99_cli.ipynb #c3623cee
 Out = Annotated[Path, typer.Option(help="Folder to write.")]
 Model = Annotated[str | None, typer.Option(help="A checkpoint (`matfm models`), a folder, or an encoder's name to start from random weights.")]
 
@@ -288,7 +291,145 @@ def _unlabelled(data: str, limit: int | None, smiles: str | None, cif: str | Non
     rejected.check(len(records) + len(rejected))
     return records
 
+# %% ../../nbs/app/99_cli.ipynb #c5d36151
+DEFAULT_SPLIT = {"molecule": "scaffold", "crystal": "composition"}
+FOREST = {"molecule": "ecfp_forest", "crystal": "composition_forest"}
+LEVEL = 0.9  # share of truths that an interval is to hold
 
+def task_of(
+    records: Any,  # Records
+) -> Any:          # Task
+    "The task of a table: targets that hold only 0 and 1 are classes, the others numbers."
+    import numpy as np
+    from matfm.models.heads import Output, Task
+    values = {t: set(np.unique(records.y(t)[~np.isnan(records.y(t))]).tolist()) for t in records.targets}
+    return Task(tuple(Output(t, "binary" if v == {0.0, 1.0} else "regression", records.targets[t]) for t, v in values.items()))
+
+def _test(rec: Any, model: Any, train: Any, test: Any, seed: int) -> None:
+    "Record test metrics of the model, its intervals and the baselines."
+    from matfm.evaluate.metrics import evaluate
+    from matfm.evaluate.uncertainty import evaluate_intervals
+    from matfm.registry import baselines
+    for m in model.evaluate(test, seed=seed): rec.metric(m, model="fine-tuned")
+    predicted = model.predict(test)[0]
+    for o in model.task.outputs:
+        y = test.y(o.name)[:, 0]
+        if f"{o.name}_lower" in predicted.columns:
+            low, high = (predicted[f"{o.name}_{end}"].to_numpy() for end in ("lower", "upper"))
+            for m in evaluate_intervals(y, low, high, LEVEL, o.unit): rec.metric(m, output=o.name, model="fine-tuned")
+        for name in ("dummy", FOREST[test.domain]):
+            guess = baselines.get(name)(kind=o.kind).fit(train, o.name).predict(test)
+            for m in evaluate(o.kind, y, guess, o.unit, seed): rec.metric(m, output=o.name, model=name)
+
+# %% ../../nbs/app/99_cli.ipynb #24dd1596
+def finetuned_sheet(
+    result: Any,   # the Result of the fine-tuning
+    records: Any,  # Records it was made from
+    split: Any,    # Split
+) -> Any:          # FactSheet
+    "The FactSheet of a fine-tuned model."
+    from matfm.run.sheets import FactSheet, energy_note
+    p, table = result.spec.parameters, f"{records.name} ({len(records)} {records.domain}s)"
+    start, targets = result.data.get("start", ""), ", ".join(records.targets)
+    return FactSheet(
+        kind="model", name=f"{records.name}_{'_'.join(records.targets)}", summary=f"Predicts {targets} of {records.domain}s; fine-tuned from {start} with `matfm finetune`.",
+        data=f"{table}, content digest {records.digest}", splits=f"{split.method}, {len(split.train)}/{len(split.valid)}/{len(split.test)} rows, seed {p['seed']}, digest {split.digest}",
+        metrics=[m for m in result.metrics if m.tags.get("model") == "fine-tuned"],
+        limits=[f"tested only on {len(split.test)} rows of the same table", "intervals were calibrated on the rows used for early stopping; their coverage on the test rows is among the metrics"],
+        intended_use=f"predicting {targets} for {records.domain}s like those of the table", risks="predictions far from the training data can be wrong by more than the interval says",
+        licence="not stated: follows from the table's licence and that of the starting checkpoint", citation="none yet", recipe=f"matfm finetune {p['file']} (parameters in result.json)",
+        energy=energy_note(result.seconds, result.hardware["cores"]), provenance={"code": result.code, "result": result.spec.digest, f"table {p['file']}": records.digest})
+
+# %% ../../nbs/app/99_cli.ipynb #278cfcfe
+def _fit(records: Any, split: Any, start: Any, spec: Any, asked: Mapping[str, Any], out: Path, rejected: Any) -> Any:
+    "Fine-tune, calibrate, test and save; returns the Result."
+    from matfm.adapt.finetune import finetune_ensemble
+    from matfm.run.results import ExperimentSpec, Recorder
+    rec = Recorder(ExperimentSpec("finetune", dict(asked)), out, baselines=f"dummy: the training mean; {FOREST[records.domain]}: a random forest on descriptors",
+                   notes=f"{len(rejected)} rows of the table were set aside")
+    rec.data(records)
+    rec.data("split", split.digest)
+    rec.data("start", f"{type(start.encoder).__name__} ({start.info.get('pretraining') or 'pretrained'})")
+    train, valid, test = split.parts(records)
+    model = finetune_ensemble(start, task_of(records), train, valid, spec, n=int(asked["ensemble"]), progress=True)
+    if any(m.info["interrupted"] for m in model.models): raise KeyboardInterrupt
+    if model.task.where("regression"): model.calibrate(valid, LEVEL)
+    _test(rec, model, train, test, spec.seed)
+    for k, m in enumerate(model.models): rec.table(f"history{k}", m.history)
+    result = rec.save()
+    model.save_pretrained(out)
+    finetuned_sheet(result, records, split).save(out)
+    return result
+
+# %% ../../nbs/app/99_cli.ipynb #031e8e33
+Split = Annotated[str | None, typer.Option(help="random, scaffold or composition. Default: scaffold for molecules, composition for crystals.")]
+Target = Annotated[list[str], typer.Option(help="Column to predict; repeat for several.")]
+TableFile = Annotated[Path, typer.Argument(metavar="FILE", help="Table with structures (CSV, Parquet or JSON).")]
+
+@app.command()
+def finetune(
+    file: TableFile, target: Target, out: Out, smiles: Smiles = None, cif: Cif = None, model: Model = None, split: Split = None,
+    ensemble: Annotated[int, typer.Option(help="Networks; more give better predictions.")] = 1,
+    epochs: Annotated[int, typer.Option(help="Most passes over the training rows.")] = 60,
+    strategy: Annotated[str, typer.Option(help="full or frozen.")] = "full",
+    lr: Annotated[float, typer.Option(help="Learning rate of the encoder.")] = 1e-4,
+    seed: Annotated[int, typer.Option(help="Of split, weights and batches.")] = 0,
+) -> None:
+    "Fine-tune a model on your own table.\n\nReports the test error beside a constant guess and a forest."
+    from matfm.adapt.finetune import FinetuneSpec
+    from matfm.registry import splitters
+    s = load_settings()
+    spec = FinetuneSpec(strategy=strategy, epochs=epochs, lr=lr, seed=seed, precision=s.train_precision, accelerator=s.train_accelerator, threads=s.train_threads)
+    records, rejected = read_labelled(file, target, smiles, cif)
+    rejected.check(len(records) + len(rejected))
+    method = pick(split or DEFAULT_SPLIT[records.domain], splitters, "split")
+    asked = {"file": file.name, "target": list(target), "model": model, "split": method, "ensemble": ensemble, "epochs": epochs, "strategy": strategy, "lr": lr, "seed": seed}
+    made, start = splitters.get(method)(records, seed=seed), starting_point(model, records.domain, seed)
+    made.save(out / "split.json")
+    if len(rejected): rejected.save(out / "rejected.csv")
+    _aside(rejected, len(records) + len(rejected), out / "rejected.csv")
+    _said(_fit(records, made, start, spec, asked, out, rejected))
+    typer.echo(f"model: {out}")
+
+# %% ../../nbs/app/99_cli.ipynb #0c154ebb
+def predict_table(
+    model: Any,            # Ensemble
+    frame: Any,            # the table, polars
+    column: str,           # structure column
+    domain: str,           # "molecule" or "crystal"
+) -> tuple[Any, Any]:      # predictions, one row per row; Rejected
+    "Each row's prediction, with interval where the model is calibrated, and the reason where there is none."
+    import polars as pl
+    from matfm.data.records import Rejected, from_frame
+    records, unread = from_frame(frame.select(pl.col(column).alias("structure")), "structure", domain, {})
+    made, unfit = model.predict(records)
+    rejected = unread + Rejected([(i, int(i), v, why) for i, _, v, why in unfit.frame.rows()])
+    wanted = [c for n in model.task.names for c in (n, f"{n}_std", f"{n}_lower", f"{n}_upper") if c in made.columns and not (c.endswith("_std") and len(model) == 1)]
+    rows = pl.DataFrame({"id": [str(i) for i in range(len(frame))], column: frame[column]})
+    found = rows.join(made.select("id", *wanted), on="id", how="left", maintain_order="left").with_columns(pl.col(wanted).fill_nan(None))
+    return found.join(rejected.frame.select("id", "reason"), on="id", how="left", maintain_order="left").rename({"id": "row"}), rejected
+
+# %% ../../nbs/app/99_cli.ipynb #f2cb4eb9
+@app.command()
+def predict(
+    model: Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="A folder written by `matfm finetune`.")],
+    file: TableFile,
+    out: Annotated[Path, typer.Option(help="CSV to write.")],
+    smiles: Smiles = None, cif: Cif = None,
+) -> None:
+    "Predict a table with a fine-tuned model."
+    from matfm.adapt.finetune import Ensemble, Model as One
+    from matfm.core import atomic_write
+    from matfm.data.records import read_frame
+    loaded = Ensemble.load(model) if (model / "ensemble.json").is_file() else Ensemble([One.load(model)])
+    frame = read_frame(file)
+    column, domain = structure_column(frame.columns, smiles, cif, loaded.representation.domain)
+    found, rejected = predict_table(loaded, frame, column, domain)
+    with atomic_write(out) as p: found.write_csv(p)
+    beside = out.with_name(f"{out.stem}.rejected.csv")
+    rejected.save(beside) if len(rejected) else beside.unlink(missing_ok=True)
+    _aside(rejected, len(frame), beside)
+    typer.echo(f"{len(found) - len(rejected)} of {len(found)} rows predicted: {out}")
 
 # %% ../../nbs/app/99_cli.ipynb #01dc4334
 def checkpoint_folder(

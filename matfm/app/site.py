@@ -472,9 +472,9 @@ def setup(app: Any) -> dict[str, Any]:
     app.add_html_math_renderer("mathml", (inline, None), (block, None))
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 
-# %% ../../nbs/app/97_site.ipynb #47c44d4a
-def _sphinx_options() -> dict[str, Any]:
-    "The whole configuration of Sphinx."
+# %% ../../nbs/app/97_site.ipynb #5c550dd0
+def _sphinx_options(titles: Mapping[str, str]) -> dict[str, Any]:
+    "The whole configuration of Sphinx. The titles are part of it: when one changes, every page's navigation is drawn again."
     theme = {"logo": {"image_light": "_static/logo.svg", "image_dark": "_static/logo-dark.svg", "text": "matfm"},
              "navbar_end": ["theme-switcher"], "secondary_sidebar_items": {"index": [], "library": ["page-toc"], "**": ["page-toc"]}, "show_toc_level": 2,
              "footer_start": ["copyright"], "footer_end": [], "navigation_with_keys": False, "show_prev_next": False, "header_links_before_dropdown": 8,
@@ -482,7 +482,7 @@ def _sphinx_options() -> dict[str, Any]:
     return {"project": "matfm", "copyright": "The matfm developers", "author": "The matfm developers", "html_title": "matfm", "language": "en",
             "extensions": ["myst_nb", "matfm.app.site"], "html_theme": "pydata_sphinx_theme", "html_theme_options": theme,
             "html_static_path": ["_static"], "html_css_files": ["site.css"], "html_favicon": "_static/logo.svg", "html_math_renderer": "mathml",
-            "html_context": {"default_mode": "auto"}, "html_copy_source": False, "html_use_index": False, "html_show_sourcelink": False, "html_show_sphinx": False, "html_sidebars": {"index": [], "results": []},
+            "html_context": {"default_mode": "auto", "titles": dict(titles)}, "html_copy_source": False, "html_use_index": False, "html_show_sourcelink": False, "html_show_sphinx": False, "html_sidebars": {"index": [], "results": []},
             "nb_execution_mode": "off", "nb_ipywidgets_js": {}, "nb_code_prompt_show": "Source", "nb_code_prompt_hide": "Source",
             "nb_output_stderr": "remove", "nb_merge_streams": True, "myst_enable_extensions": ["dollarmath", "amsmath", "colon_fence"],
             "myst_update_mathjax": False, "myst_heading_anchors": 3, "suppress_warnings": ["myst.header", "mystnb.mime_priority", "mystnb.unknown_mime_type"]}
@@ -509,23 +509,24 @@ class _Source:
         for p in self.folder.rglob("*"):
             if p.is_file() and p not in self.kept: p.unlink()
 
-# %% ../../nbs/app/97_site.ipynb #75ba5f3d
+# %% ../../nbs/app/97_site.ipynb #1d2ace97
 ASSETS = Path(__file__).parent / "assets" if "__file__" in globals() else None
 
-def _look(source: _Source) -> None:
+def _look(source: _Source, titles: Mapping[str, str]) -> None:
     "Logo, style sheet, and the options as the file that Sphinx expects."
     source.add("_static/logo.svg", logo())
     source.add("_static/logo-dark.svg", logo("#DCE6EE"))
     if ASSETS: source.add("_static/site.css", (ASSETS / "site.css").read_bytes())
-    source.add("conf.py", f"import json\nglobals().update(json.loads({json.dumps(json.dumps(_sphinx_options()))}))\n")
+    source.add("conf.py", f"import json\nglobals().update(json.loads({json.dumps(json.dumps(_sphinx_options(titles)))}))\n")
 
-# %% ../../nbs/app/97_site.ipynb #2f181c09
+# %% ../../nbs/app/97_site.ipynb #a8d8a6b1
 def _notebook_pages(source: _Source, root: Path, pages: Sequence[Page]) -> None:
     "Every notebook, converted; the home page gets the map and the tree of all pages."
     by_file, names = {p.file: p for p in pages}, exported_names(root, pages)
+    blocks = {"columns": "::::{container} columns\n:::{container} column", "next": ":::\n:::{container} column", "end": ":::\n::::", "map": map_cards(pages)}
     tree = _toctree(["library", "tutorials/index", "experiments/index", "results", "cards/index"])
     for p in pages:
-        nb = convert(root, p, by_file, names, {"map": map_cards(pages)})
+        nb = convert(root, p, by_file, names, blocks)
         if p.doc == "index": nb["cells"].append({**_md(tree), "id": "tree"})
         source.add(f"{p.doc}.ipynb", json.dumps(nb))
     if "index.ipynb" not in by_file: source.add("index.md", f"# matfm\n\n{map_cards(pages)}\n\n{tree}\n")
@@ -569,7 +570,7 @@ def _publish(built: Path, out: Path, source: Path) -> None:
     for name, p in files.items(): _write(out / name, p.read_bytes())
     listed.write_text(json.dumps(sorted(files)))
 
-# %% ../../nbs/app/97_site.ipynb #40e44f95
+# %% ../../nbs/app/97_site.ipynb #0bb23fc4
 def build_site(
     out: str | os.PathLike = "_site",       # the folder to write; its `index.html` is the home page
     notebooks: str | os.PathLike = "nbs",   # results and FactSheets are taken from `data/` beside it
@@ -580,7 +581,7 @@ def build_site(
     work = out.parent / "_proc" / out.name
     source = _Source(work / "source")
     for step in (_notebook_pages, _galleries, _written_pages): step(source, root, pages)
-    _look(source)
+    _look(source, {p.doc: p.title for p in pages})
     source.prune()
     said = _sphinx(source.folder, work / "html")
     _publish(work / "html", out, source.folder)

@@ -87,14 +87,15 @@ def _force_field(mol: Any, conformer: int) -> tuple[Any, str]:
         if ff.UFFHasAllMoleculeParams(mol): return ff.UFFGetMoleculeForceField(mol, confId=conformer), "UFF"
     raise LabelFailed("no force field parameters")
 
-# %% ../../nbs/data/18_quantum.ipynb #9fd752c9
+# %% ../../nbs/data/18_quantum.ipynb #301527f3
 def _embed(smiles: str, n: int) -> tuple[Any, list[int]]:
     "Molecule with hydrogens and up to `n` ETKDG conformers."
     from rdkit import Chem, rdBase
     from rdkit.Chem import rdDistGeom
     with rdBase.BlockLogs(): mol = Chem.MolFromSmiles(smiles)
     if mol is None or not mol.GetNumAtoms(): raise LabelFailed("not a valid SMILES")
-    mol, how = Chem.AddHs(mol), rdDistGeom.ETKDGv3()
+    mol = Chem.AddHs(mol)
+    how: Any = rdDistGeom.ETKDGv3()
     how.randomSeed = int(hashlib.sha256(f"conformer|{smiles}".encode()).hexdigest()[:16], 16) % 2**31
     how.maxIterations = 200
     found = list(rdDistGeom.EmbedMultipleConfs(mol, n, how))

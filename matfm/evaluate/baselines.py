@@ -53,7 +53,7 @@ class Baseline(ABC):
         if self.single: mean, std = mean[:, 0], std[:, 0]
         return (mean, std) if return_std else mean
 
-# %% ../../nbs/evaluate/42_baselines.ipynb #b291eae3
+# %% ../../nbs/evaluate/42_baselines.ipynb #d3f6ff8d
 def checked_targets(
     baseline: Baseline,
     records: Records,
@@ -65,12 +65,12 @@ def checked_targets(
     baseline.targets = list(records.targets) if target is None else [target] if isinstance(target, str) else list(target)
     if not baseline.targets: raise BadInput("the records have no target to learn")
     y = records.y(baseline.targets)
-    for name, v in zip(baseline.targets, y.T):
+    for name, v in zip(baseline.targets, y.T, strict=True):
         if np.isnan(v).all(): raise BadInput(f"target {name!r} has no value in {len(records)} rows")
         if baseline.kind == "binary" and not np.isin(v[~np.isnan(v)], (0, 1)).all(): raise BadInput(f"target {name!r} is not binary: values other than 0 and 1")
     return y
 
-# %% ../../nbs/evaluate/42_baselines.ipynb #1318e141
+# %% ../../nbs/evaluate/42_baselines.ipynb #85f3d36b
 def fit_targets(baseline: Any, records: Records, target: str | Sequence[str] | None) -> Any:
     "One model for each target, from the rows that have it and could be read."
     y = checked_targets(baseline, records, target)
@@ -78,7 +78,7 @@ def fit_targets(baseline: Any, records: Records, target: str | Sequence[str] | N
     baseline.rejected.check(len(records))
     baseline.mean, baseline.std = np.nanmean(y, axis=0), np.nanstd(y, axis=0)
     baseline.models = []
-    for name, v in zip(baseline.targets, y[kept].T):
+    for name, v in zip(baseline.targets, y[kept].T, strict=True):
         there = ~np.isnan(v)
         if not there.any(): raise BadInput(f"no row with a value of {name!r} could be read: {baseline.rejected.reasons()}")
         baseline.models.append(baseline.learn(X[there], v[there]))

@@ -83,7 +83,7 @@ def lj_efs(
     stress = 0.5 * np.einsum("ea,eb->ab", v, pull) / abs(np.linalg.det(L)) * GPA
     return {"energy": float(0.5 * (e - ec - gc * (d - potential.cutoff)).sum()), "forces": forces, "stress": stress}
 
-# %% ../../nbs/potentials/70_potential.ipynb #a2628621
+# %% ../../nbs/potentials/70_potential.ipynb #289dc0b0
 def undirected(
     i: np.ndarray,      # centre of each directed pair, [E]
     j: np.ndarray,      # its neighbour, [E]
@@ -92,7 +92,7 @@ def undirected(
     "Directed edges `[E, 2]`, images `[E, 3]` and which bond each belongs to `[E]`; pairs seen from one end only are dropped."
     there, back = np.c_[i, j, image], np.c_[j, i, -image]
     flip, undecided = np.zeros(len(i), bool), np.ones(len(i), bool)
-    for a, b in zip(there.T, back.T):             # the lexicographically smaller of the two names the bond
+    for a, b in zip(there.T, back.T, strict=True):             # the lexicographically smaller of the two names the bond
         flip |= undecided & (a > b)
         undecided &= a == b
     _, bond, seen = np.unique(np.where(flip[:, None], back, there), axis=0, return_inverse=True, return_counts=True)

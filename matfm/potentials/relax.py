@@ -150,7 +150,7 @@ class Ladder:
         shift = 0.5 * (a - c) / (a - 2 * b + c) if np.isfinite([a, c]).all() else 0.0
         return self.v * RATIO**(k + shift)
 
-# %% ../../nbs/potentials/71_relax.ipynb #21363b44
+# %% ../../nbs/potentials/71_relax.ipynb #9594aab5
 def find_volume(
     potential: Any,
     crystals: Sequence[Any],  # guesses
@@ -160,8 +160,8 @@ def find_volume(
     "The volume (Å³) near the first minimum downhill of each guess, or why there is none."
     ladders, out = [Ladder(c, reach) for c in crystals], list[float | NotRelaxed]()
     while any(todo := [w.wanted() for w in ladders]):
-        got = lockstep(potential, [[at_volume(w.crystal, w.v * RATIO**k) for k in ks] for w, ks in zip(ladders, todo)], batch)
-        for w, ks, e in zip(ladders, todo, got): w.energy.update(zip(ks, e.tolist()))
+        got = lockstep(potential, [[at_volume(w.crystal, w.v * RATIO**k) for k in ks] for w, ks in zip(ladders, todo, strict=True)], batch)
+        for w, ks, e in zip(ladders, todo, got, strict=True): w.energy.update(zip(ks, e.tolist(), strict=True))
     for w in ladders:
         try: out.append(w.volume())
         except NotRelaxed as why: out.append(why)
@@ -181,7 +181,7 @@ def judge(
     if per_atom > scatter: reason = f"energies scatter about the equation of state: {1000 * per_atom:.0f} meV/atom"
     return Relaxed(at_volume(crystal, eos.V0), eos.E0, eos, reason=reason)
 
-# %% ../../nbs/potentials/71_relax.ipynb #b0bdd49e
+# %% ../../nbs/potentials/71_relax.ipynb #24dec79e
 def relax_volume(
     potential: Any,
     crystals: Sequence[Any],  # guesses; shape and fractional coordinates stay
@@ -195,7 +195,7 @@ def relax_volume(
     for _ in range(rounds):
         todo = [k for k in range(len(crystals)) if k not in done]
         got = lockstep(potential, [[at_volume(crystals[k], centre[k] * s) for s in SCAN] for k in todo], batch)
-        for k, e in zip(todo, got):
+        for k, e in zip(todo, got, strict=True):
             try: eos = equation_of_state(centre[k] * SCAN, e)
             except (NotRelaxed, BadInput): centre[k] *= SCAN[np.argmin(e)]
             else:
@@ -204,7 +204,7 @@ def relax_volume(
     left = {k: Relaxed(at_volume(c, centre[k]), np.nan, reason="no volume scan bracketed its minimum") for k, c in enumerate(crystals) if k not in done}
     return exact_energies(potential, [{**done, **left}[k] for k in range(len(crystals))], batch)
 
-# %% ../../nbs/potentials/71_relax.ipynb #7199c6b1
+# %% ../../nbs/potentials/71_relax.ipynb #7da5693b
 def exact_energies(
     potential: Any,
     results: Sequence[Relaxed],
@@ -212,7 +212,7 @@ def exact_energies(
 ) -> list[Relaxed]:
     "Replace the fitted energy of each converged result by the potential's own at that volume."
     good = [k for k, r in enumerate(results) if r.ok]
-    exact = dict(zip(good, lockstep(potential, [[results[k].crystal] for k in good], batch)))
+    exact = dict(zip(good, lockstep(potential, [[results[k].crystal] for k in good], batch), strict=True))
     return [dataclasses.replace(r, energy=float(exact[k][0])) if k in exact else r for k, r in enumerate(results)]
 
 # %% ../../nbs/potentials/71_relax.ipynb #fdbda1f0
@@ -232,7 +232,7 @@ def _span(
     value, vector = np.linalg.eigh((projector + projector.T) / 2)
     return vector[:, value > 0.99].T
 
-# %% ../../nbs/potentials/71_relax.ipynb #addc22b7
+# %% ../../nbs/potentials/71_relax.ipynb #b92b02ff
 def free_coordinates(
     crystal: Any,
     symprec: float = 1e-3,  # Å
@@ -240,7 +240,7 @@ def free_coordinates(
     "What symmetry leaves free: displacements `[k, n, 3]` (Cartesian, without a common shift) and strains `[m, 3, 3]`, each set orthonormal."
     ops, L, n = symmetry(crystal, symprec).operations, np.asarray(crystal.lattice), len(crystal.numbers)
     move, stretch = np.zeros((n, 3, n, 3)), np.zeros((9, 9))
-    for W, w in zip(np.array(ops.rotations), np.array(ops.translations)):
+    for W, w in zip(np.array(ops.rotations), np.array(ops.translations), strict=True):
         R = L.T @ W @ np.linalg.inv(L.T)                              # the rotation in Cartesian coordinates
         gap = (crystal.frac @ W.T + w)[:, None] - crystal.frac[None]  # [n, n, 3]
         to = np.argmin(np.linalg.norm((gap - gap.round()) @ L, axis=2) + 1e3 * (crystal.numbers[:, None] != crystal.numbers), axis=1)
@@ -345,14 +345,14 @@ def kept(
     except Exception as e: return dataclasses.replace(out, reason=f"no space group found: {e}")
     return out if number == job.space_group else dataclasses.replace(out, reason=f"relaxed from space group {job.space_group} into {number}")
 
-# %% ../../nbs/potentials/71_relax.ipynb #048e6a81
+# %% ../../nbs/potentials/71_relax.ipynb #9df0ed04
 def relax_jobs(
     potential: Any,
     jobs: Sequence[Job],
 ) -> list[Relaxed]:
     "Relax each job the cheapest way its symmetry allows, and check that it kept its space group."
     fixed = [k for k, j in enumerate(jobs) if not j.free]
-    done = dict(zip(fixed, relax_volume(potential, [jobs[k].crystal for k in fixed])))
+    done = dict(zip(fixed, relax_volume(potential, [jobs[k].crystal for k in fixed]), strict=True))
     return [kept(done[k] if k in done else relax_job(potential, j), j) for k, j in enumerate(jobs)]
 
 # %% ../../nbs/potentials/71_relax.ipynb #c3a5a069
@@ -366,7 +366,7 @@ def as_row(
               "frac": (np.asarray(out.crystal.frac) % 1.0).ravel().tolist()}
     return {"id": job.id, **arrays, "energy": out.energy if np.isfinite(out.energy) else None, **eos, "steps": out.steps, "reason": out.reason}
 
-# %% ../../nbs/potentials/71_relax.ipynb #8a6af03e
+# %% ../../nbs/potentials/71_relax.ipynb #b85b567b
 def relax_all(
     potential: Any,
     jobs: Sequence[Job],
@@ -380,6 +380,6 @@ def relax_all(
         guess = [[j.id, j.space_group, np.round(np.asarray(j.crystal.lattice), 6).tolist()] for j in part]
         file = Path(folder) / f"{sha256_text(canonical_json([type(potential).__name__, about, guess]))[:16]}.json"
         if not file.exists():
-            rows = [as_row(j, r) for j, r in zip(part, relax_jobs(potential, part))]
+            rows = [as_row(j, r) for j, r in zip(part, relax_jobs(potential, part), strict=True)]
             with atomic_write(file) as tmp: tmp.write_text(canonical_json(rows))
         yield json.loads(file.read_text())

@@ -120,7 +120,7 @@ def edge_vectors(
     vector = torch.einsum("ek,ekl->el", frac[j] - frac[i] + image, lattice[graph[i]])
     return vector, torch.linalg.vector_norm(vector, dim=-1)
 
-# %% ../../nbs/represent/23_crystal.ipynb #c9e7d34a
+# %% ../../nbs/represent/23_crystal.ipynb #29473678
 def collate_crystals(
     items: Sequence[Item],  # what `CrystalGraph` gave
 ) -> Batch:
@@ -129,7 +129,7 @@ def collate_crystals(
     if not items: raise BadInput("a batch needs at least one record")
     counts = np.array([len(i["numbers"]) for i in items], dtype=np.int64)
     starts = np.cumsum(counts) - counts
-    edges = np.concatenate([i["edge_index"].astype(np.int64) + s for i, s in zip(items, starts)], axis=1)
+    edges = np.concatenate([i["edge_index"].astype(np.int64) + s for i, s in zip(items, starts, strict=True)], axis=1)
     batch = {"numbers": np.concatenate([i["numbers"] for i in items]).astype(np.int64), "frac": np.concatenate([i["frac"] for i in items]),
              "lattice": np.stack([i["lattice"] for i in items]), "edge_index": edges,
              "image": np.concatenate([i["image"] for i in items]).astype(np.int64), "graph": np.repeat(np.arange(len(items)), counts), "counts": counts}

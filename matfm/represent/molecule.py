@@ -128,7 +128,7 @@ class MoleculeGraph(Spec):
 
     def collate(self, items: Sequence[Item]) -> Batch: return collate_molecules(items)
 
-# %% ../../nbs/represent/21_molecule.ipynb #47777e4c
+# %% ../../nbs/represent/21_molecule.ipynb #406db7ac
 def collate_molecules(
     items: Sequence[Item],  # what `MoleculeGraph` gave
 ) -> Batch:
@@ -138,6 +138,6 @@ def collate_molecules(
     counts = np.array([len(i["atoms"]) for i in items], dtype=np.int64)
     starts = np.cumsum(counts) - counts
     batch = {"atoms": np.concatenate([i["atoms"] for i in items]).astype(np.int64), "bonds": np.concatenate([i["bonds"] for i in items]).astype(np.int64),
-             "edge_index": np.concatenate([i["edge_index"].astype(np.int64) + s for i, s in zip(items, starts)], axis=1),
+             "edge_index": np.concatenate([i["edge_index"].astype(np.int64) + s for i, s in zip(items, starts, strict=True)], axis=1),
              "graph": np.repeat(np.arange(len(items)), counts), "counts": counts}
     return {k: torch.from_numpy(v) for k, v in batch.items()}

@@ -19,7 +19,7 @@ from ..core import BadInput, Spec, atomic_write, sha256_file
 from .results import Metric, Result, html_table, jsonable, load_json, metric_rows, save_json, show_value
 
 # %% auto #0
-__all__ = ['FIELDS', 'LISTS', 'KINDS', 'SHEET_FILES', 'DATA_SUFFIXES', 'schema', 'problems', 'FactSheet', 'energy_note',
+__all__ = ['FIELDS', 'LISTS', 'KINDS', 'Lines', 'SHEET_FILES', 'DATA_SUFFIXES', 'schema', 'problems', 'FactSheet', 'energy_note',
            'sheet_markdown', 'sheet_html', 'folder_hashes', 'save_sheet', 'load_sheet', 'result_problems',
            'check_sheets']
 
@@ -84,19 +84,21 @@ def _lines(given: Any) -> tuple[str, ...]:
     if isinstance(given, Mapping): return tuple(f"{k}: {v}" for k, v in given.items())
     return (given,) if isinstance(given, str) and given else tuple(str(x) for x in given)
 
-# %% ../../nbs/run/06_sheets.ipynb #39b753d0
+# %% ../../nbs/run/06_sheets.ipynb #282a7b44
+Lines = tuple[str, ...] | list[str] | str  # becomes a tuple
+
 @dataclass(frozen=True, kw_only=True)
 class FactSheet(Spec):
     "One page on a model, a data set or a result. Every field must be filled; see `FIELDS` for what each one means."
     kind: str = ""
     name: str = ""
     summary: str = ""
-    data: tuple[str, ...] = ()
+    data: Lines = ()
     splits: str = ""
-    metrics: tuple[Metric, ...] = ()
-    limits: tuple[str, ...] = ()
-    intended_use: tuple[str, ...] = ()
-    risks: tuple[str, ...] = ()
+    metrics: Any = ()                  # becomes a tuple of Metric
+    limits: Lines = ()
+    intended_use: Lines = ()
+    risks: Lines = ()
     licence: str = ""
     citation: str = ""
     recipe: str = ""
