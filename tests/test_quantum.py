@@ -216,6 +216,15 @@ def test_a_folder_belongs_to_one_job(quantum, tmp_path):
             quantum.label(records, tmp_path, spec)
 
 
+def test_queue_gives_each_group_its_share(quantum):
+    smiles = ["C" * n for n in [8] * 400 + [18] * 400]
+    by_size = quantum.queue_order(smiles)
+    by_group = quantum.queue_order(smiles, groups=[str(len(s)) for s in smiles])
+    assert sorted(by_size.tolist()) == sorted(by_group.tolist()) == list(range(800))
+    assert (by_size[:200] < 400).mean() > 0.9 and 0.3 < (by_group[:200] < 400).mean() < 0.7
+    assert (by_group == quantum.queue_order(smiles, groups=[str(len(s)) for s in smiles])).all()
+
+
 def test_only_molecules_can_be_labelled(quantum, tmp_path):
     from matfm.data.records import compositions
     with pytest.raises(BadInput, match="label needs molecules"):

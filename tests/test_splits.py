@@ -37,7 +37,7 @@ def test_group_split(groups, fractions, seed):
     apart(s, groups)
     assert s == group_split(groups, fractions, seed)
     largest = max(groups.count(g) for g in groups)
-    for part, f in zip((s.train, s.valid, s.test), fractions):
+    for part, f in zip((s.train, s.valid, s.test), fractions, strict=True):
         assert abs(len(part) - f * len(groups)) <= largest + 1e-9
 
 

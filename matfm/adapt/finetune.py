@@ -272,7 +272,7 @@ def finetune_module() -> type:
 
     return FinetuneModule
 
-# %% ../../nbs/adapt/60_finetune.ipynb #4dba13f5
+# %% ../../nbs/adapt/60_finetune.ipynb #5c7b0a2a
 MODEL_FIELDS = ["format", "representation", "encoder", "heads", "spec", "info", "history", "step0", "weights_sha256"]
 
 @dataclass(eq=False)
@@ -304,6 +304,7 @@ class Model:
     @classmethod
     def load(cls, folder: str | Path) -> Model: return load_model(folder)
     def plot(self, ax: Any = None) -> Any: return plot_history(self, ax)
+    def __repr__(self) -> str: return f"Model({', '.join(self.task.names)}; {type(self.predictor.encoder).__name__}, {self.spec.strategy}, best epoch {self.info['best_epoch']})"
     def _repr_html_(self) -> str: return model_html(self)
 
 # %% ../../nbs/adapt/60_finetune.ipynb #301419f1

@@ -291,7 +291,7 @@ def _code_cell(cell: Any, page: Page) -> list[dict[str, Any]]:
     outputs = json.loads(json.dumps(cell.get("outputs", [])))
     return [{"cell_type": "code", "metadata": {"tags": cell.metadata.get("tags", [])}, "source": source, "outputs": outputs, "execution_count": None}]
 
-# %% ../../nbs/app/97_site.ipynb #e6ca2c97
+# %% ../../nbs/app/97_site.ipynb #9fca5b25
 def convert(
     notebooks: str | os.PathLike,
     page: Page,
@@ -305,7 +305,7 @@ def convert(
         if cell.cell_type == "code": cells += _code_cell(cell, page)
         elif cell.cell_type == "markdown":
             text = prose(cell.source, page, by_file, names)
-            cells.append(_md(re.sub(r"<!-- (\w+) -->", lambda m: (extra or {}).get(m[1], ""), text)))
+            cells.append(_md(re.sub(r"<!-- (\w+) -->", lambda m: (extra or {}).get(m[1], m[0]), text)))
     for i, c in enumerate(cells): c["id"] = f"c{i}"
     python = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"},
               "language_info": {"name": "python", "pygments_lexer": "ipython3"}}
@@ -519,14 +519,14 @@ def _look(source: _Source, titles: Mapping[str, str]) -> None:
     if ASSETS: source.add("_static/site.css", (ASSETS / "site.css").read_bytes())
     source.add("conf.py", f"import json\nglobals().update(json.loads({json.dumps(json.dumps(_sphinx_options(titles)))}))\n")
 
-# %% ../../nbs/app/97_site.ipynb #a8d8a6b1
+# %% ../../nbs/app/97_site.ipynb #23d2e860
 def _notebook_pages(source: _Source, root: Path, pages: Sequence[Page]) -> None:
     "Every notebook, converted; the home page gets the map and the tree of all pages."
     by_file, names = {p.file: p for p in pages}, exported_names(root, pages)
     blocks = {"columns": "::::{container} columns\n:::{container} column", "next": ":::\n:::{container} column", "end": ":::\n::::", "map": map_cards(pages)}
     tree = _toctree(["library", "tutorials/index", "experiments/index", "results", "cards/index"])
     for p in pages:
-        nb = convert(root, p, by_file, names, blocks)
+        nb = convert(root, p, by_file, names, blocks if p.doc == "index" else None)
         if p.doc == "index": nb["cells"].append({**_md(tree), "id": "tree"})
         source.add(f"{p.doc}.ipynb", json.dumps(nb))
     if "index.ipynb" not in by_file: source.add("index.md", f"# matfm\n\n{map_cards(pages)}\n\n{tree}\n")

@@ -507,13 +507,14 @@ def parse_structures(
     chunks = [values[i:i + 1000] for i in range(0, len(values), 1000)]
     return [x for part in Parallel(n_jobs=jobs)(delayed(_parse_some)(c, domain, canonical) for c in chunks) for x in part]
 
-# %% ../../nbs/data/10_records.ipynb #3006d98a
+# %% ../../nbs/data/10_records.ipynb #e94da252
 _WORDS = {"true": "1", "false": "0", "yes": "1", "no": "0"}
 
 _BLANK = ["", "-", "na", "n/a", "nan", "none", "null"]
 
 def _numeric(s: pl.Series) -> tuple[pl.Series, pl.Series]:
     "The column as Float64 with nulls where missing, and a mask of the cells that hold text."
+    if s.dtype.is_nested() or s.dtype == pl.Object: raise BadInput(f"target {s.name!r} must hold numbers, got {s.dtype}")
     text = pl.zeros(len(s), pl.Boolean, eager=True).alias(s.name)
     if s.dtype == pl.String:
         t = s.str.strip_chars().str.to_lowercase().replace(_WORDS)
@@ -700,14 +701,14 @@ def from_frame(
     rest = frame.drop({structure, *([ids] if ids else [])} - set(chosen))
     return _build(frame[structure].to_list(), rest, pick(domain, STRUCTURE, "domain"), chosen, frame[ids].to_list() if ids else None, name, canonical, jobs)
 
-# %% ../../nbs/data/10_records.ipynb #0b500ba6
+# %% ../../nbs/data/10_records.ipynb #e611f164
 def read_table(
     path: str | os.PathLike,
     structure: str | None = None,   # structure column; None: recognised by its name
     targets: Mapping[str, str] | Sequence[str] | None = None,  # column → unit, or just names; None: no targets
     domain: str | None = None,      # None: follows from the structure column's name
     ids: str | None = None,         # the column with ids
-    name: str = "",                 # None: the file's name
+    name: str = "",                 # empty: the file's name
     limit: int | None = None,       # at most so many rows
     jobs: int = 1,                  # processes
 ) -> tuple[Records, Rejected]:

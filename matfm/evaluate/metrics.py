@@ -249,23 +249,36 @@ def paired_bootstrap(
     tags = {"better": ("a" if first else "b") if sure else "unclear"}
     return Metric(name, m(t, pa) - m(t, pb), low=low, high=high, n=len(t), unit=unit, tags=tags)
 
-# %% ../../nbs/evaluate/40_metrics.ipynb #33546e05
+# %% ../../nbs/evaluate/40_metrics.ipynb #c9ffeedc
+def _answered(y: np.ndarray, pred: np.ndarray) -> tuple[np.ndarray, dict[str, str]]:
+    "y without the rows that have no prediction, and how many those are; `BadInput` if they are more than half."
+    silent = np.isfinite(y) & ~np.isfinite(pred)
+    if silent.sum() > np.isfinite(y).sum() / 2:
+        raise BadInput(f"{silent.sum()} of {np.isfinite(y).sum()} measured rows have no finite prediction: too many for an evaluation")
+    return np.where(silent, np.nan, y), {"without_prediction": str(silent.sum())} if silent.any() else {}
+
+def _column(kind: str, y: np.ndarray, pred: np.ndarray, unit: str, tags: dict[str, str], **options: Any) -> list[Metric]:
+    known, missed = _answered(y, pred)
+    found = [bootstrap(m, known, pred, unit=unit, **options) for m in metrics_of(kind)]
+    return [m.replace(tags={**tags, **m.tags, **missed}) for m in found]
+
+# %% ../../nbs/evaluate/40_metrics.ipynb #a303636f
 def evaluate(
     task: Any,           # "regression", "binary", or an object whose `outputs` have `name`, `kind` and `unit`
     y: ArrayLike,        # measured, [n], or [n, T] with a task; NaN where missing
-    pred: ArrayLike,     # predicted, the same shape
+    pred: ArrayLike,     # predicted, the same shape; NaN where the record was rejected
     unit: str = "",      # unit of y; a task brings its own
     seed: int = 0,       # of the bootstrap
     n: int = 1000,       # resamples
     level: float = 0.95,
 ) -> list[Metric]:
     "All metrics of every output, with intervals."
-    if isinstance(task, str): return [bootstrap(m, y, pred, n, level, seed, unit) for m in metrics_of(task)]
-    outputs, a, p = list(task.outputs), np.asarray(y, float), np.asarray(pred, float)
-    if a.ndim != 2 or a.shape != p.shape or a.shape[1] != len(outputs):
-        raise BadInput(f"y and pred must be tables of {len(outputs)} columns, got shapes {a.shape} and {p.shape}")
-    found = [(o, bootstrap(m, a[:, j], p[:, j], n, level, seed, o.unit)) for j, o in enumerate(outputs) for m in metrics_of(o.kind)]
-    return [m.replace(tags={"output": o.name, **m.tags}) for o, m in found]
+    a, p, options = np.asarray(y, float), np.asarray(pred, float), {"seed": seed, "n": n, "level": level}
+    if a.shape != p.shape: raise BadInput(f"y and pred must have one shape, got {a.shape} and {p.shape}")
+    if isinstance(task, str): return _column(task, a, p, unit, {}, **options)
+    outputs = list(task.outputs)
+    if a.ndim != 2 or a.shape[1] != len(outputs): raise BadInput(f"y and pred must be tables of {len(outputs)} columns, got shape {a.shape}")
+    return [m for j, o in enumerate(outputs) for m in _column(o.kind, a[:, j], p[:, j], o.unit, {"output": o.name}, **options)]
 
 # %% ../../nbs/evaluate/40_metrics.ipynb #93f92040
 COLOURS = {"blue": "#0072B2", "orange": "#E69F00", "green": "#009E73", "red": "#D55E00", "purple": "#CC79A7", "sky": "#56B4E9", "grey": "#7A7A7A"}

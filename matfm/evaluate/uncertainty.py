@@ -45,19 +45,21 @@ def conformal_rank(
     k = math.ceil((n + 1) * level - 1e-9)
     return k if k <= n else None
 
-# %% ../../nbs/evaluate/41_uncertainty.ipynb #9e169314
+# %% ../../nbs/evaluate/41_uncertainty.ipynb #142ea4c3
 def _scores(y: ArrayLike, pred: ArrayLike, std: ArrayLike | None) -> np.ndarray:
     "Absolute errors, in units of `std` where given, of the rows with a measurement."
     known = ~np.isnan(np.asarray(y, float))
     a, p = paired(y, pred)
-    return np.abs(a - p) if std is None else np.abs(a - p) / _spread(std, len(known))[known]
+    return np.abs(a - p) if std is None else np.abs(a - p) / _spread(std, known)[known]
 
-def _spread(std: ArrayLike, n: int) -> np.ndarray:
+def _spread(std: ArrayLike, needed: np.ndarray) -> np.ndarray:
+    "The spread, away from 0; rows that are not needed may lack it."
     s = np.asarray(std, float)
-    if s.shape != (n,) or not (np.isfinite(s) & (s >= 0)).all(): raise BadInput(f"std must be {n} finite numbers ≥ 0")
+    if s.shape != needed.shape or not (np.isfinite(s) & (s >= 0))[needed].all():
+        raise BadInput(f"std must be a finite number ≥ 0 for each of {needed.sum()} rows")
     return np.maximum(s, 1e-12)
 
-# %% ../../nbs/evaluate/41_uncertainty.ipynb #37a0ae98
+# %% ../../nbs/evaluate/41_uncertainty.ipynb #f047be7c
 @dataclass
 class SplitConformal(Spec):
     "Intervals around any prediction, from its errors on held-out rows. `fit` sets the half-width and returns the object."
@@ -86,12 +88,12 @@ class SplitConformal(Spec):
         pred: ArrayLike,               # predicted, [n]
         std: ArrayLike | None = None,  # error estimate, [n]; needed if and only if fitted with one
     ) -> tuple[np.ndarray, np.ndarray]:
-        "Lower and upper bound, [n] each."
+        "Lower and upper bound, [n] each; NaN where the prediction is."
         if self.n == 0: raise BadInput("not calibrated yet: call fit(y, pred) with held-out rows first")
         if self.scaled != (std is not None): raise BadInput(f"calibrated {'with' if self.scaled else 'without'} std: interval needs it likewise")
         p = np.asarray(pred, float)
         width = math.inf if self.quantile is None else self.quantile
-        half = width * (np.ones_like(p) if std is None else _spread(std, len(p)))
+        half = width * (np.ones_like(p) if std is None else _spread(std, ~np.isnan(p)))
         return p - half, p + half
 
 # %% ../../nbs/evaluate/41_uncertainty.ipynb #3c185a7d

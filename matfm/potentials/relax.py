@@ -109,7 +109,7 @@ def safe_energies(
         e = np.concatenate([safe_energies(potential, [c], 1) for c in crystals])
     return np.where(np.isfinite(e), e, np.inf)
 
-# %% ../../nbs/potentials/71_relax.ipynb #711fc4fb
+# %% ../../nbs/potentials/71_relax.ipynb #ac053e4f
 def lockstep(
     potential: Any,
     jobs: Sequence[Sequence[Any]],  # crystals of each job
@@ -117,7 +117,7 @@ def lockstep(
 ) -> list[np.ndarray]:
     "Energies of several lists of crystals through one batched call, eV."
     flat = safe_energies(potential, [c for job in jobs for c in job], batch) if any(map(len, jobs)) else np.zeros(0)
-    return np.split(flat, np.cumsum([len(j) for j in jobs])[:-1])
+    return [] if not jobs else np.split(flat, np.cumsum([len(j) for j in jobs])[:-1])
 
 # %% ../../nbs/potentials/71_relax.ipynb #8ecd0728
 RATIO = 1.12  # between neighbouring volumes of the ladder

@@ -35,10 +35,10 @@ from ..models.zoo import Pretrained
 from ..registry import encoders, objectives, representations
 
 # %% auto #0
-__all__ = ['ELSEWHERE', 'PretrainSpec', 'lr_factor', 'parameter_groups', 'step_seeds', 'Steps', 'TrainingDiverged', 'Averages',
-           'as_floats', 'PretrainModule', 'to_device', 'evaluate_objective', 'save_state', 'load_state', 'run_identity',
-           'Keeper', 'KeeperHooks', 'Stopped', 'quiet_lightning', 'torch_threads', 'interruptible', 'PretrainRun',
-           'make_trainer', 'pretrain']
+__all__ = ['ELSEWHERE', 'PretrainSpec', 'lr_factor', 'parameter_groups', 'step_seeds', 'Steps', 'StepData', 'TrainingDiverged',
+           'Averages', 'as_floats', 'PretrainModule', 'to_device', 'evaluate_objective', 'save_state', 'load_state',
+           'run_identity', 'Keeper', 'KeeperHooks', 'Stopped', 'quiet_lightning', 'torch_threads', 'interruptible',
+           'PretrainRun', 'make_trainer', 'pretrain']
 
 # %% ../../nbs/pretrain/56_training.ipynb #1a44e5d0
 @dataclass(frozen=True)
@@ -114,6 +114,19 @@ class Steps(Dataset[Batch]):
     def __getitem__(self, k: int) -> Batch:
         if not 0 <= k < self.count: raise IndexError(k)
         return {**collate(self.representation, self.items, self.plan.at(self.first + k)), "step": self.first + k}
+
+# %% ../../nbs/pretrain/56_training.ipynb #0c12585c
+class StepData(L.LightningDataModule):
+    "The batches of a run from step `first` on, dealt out to the devices."
+    def __init__(self, representation: Any, items: Sequence[Item], spec: PretrainSpec, first: int):
+        super().__init__()
+        self.representation, self.items, self.spec, self.first = representation, items, spec, first
+        self.plan = BatchPlan(sizes_of(representation, items), spec.batch_size, seed=spec.seed)
+
+    def train_dataloader(self) -> DataLoader:
+        world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        steps = Steps(self.representation, self.items, self.plan, self.first * world, (self.spec.steps - self.first) * world)
+        return DataLoader(steps, batch_size=None, sampler=range(rank, len(steps), world))
 
 # %% ../../nbs/pretrain/56_training.ipynb #7e419b37
 class TrainingDiverged(MatfmError, ArithmeticError):
@@ -366,16 +379,14 @@ def make_trainer(
     return L.Trainer(accelerator=spec.accelerator, precision=spec.precision, callbacks=list(callbacks), enable_progress_bar=progress, logger=False,
                      enable_checkpointing=False, enable_model_summary=False, num_sanity_val_steps=0, **{"devices": 1, **options})
 
-# %% ../../nbs/pretrain/56_training.ipynb #262995c9
-def _fit(module: PretrainModule, keeper: KeeperHooks, data: Pretrained, items: Sequence[Item], spec: PretrainSpec, progress: bool) -> None:
-    plan = BatchPlan(sizes_of(data.representation, items), spec.batch_size, seed=spec.seed)
-    left = spec.steps - module.first
-    trainer = make_trainer(spec, progress, [keeper], max_steps=left, max_epochs=-1, gradient_clip_val=spec.clip, devices=spec.devices, strategy=spec.strategy)
-    world = trainer.world_size
-    steps = Steps(data.representation, items, plan, module.first * world, left * world)
-    trainer.fit(module, DataLoader(steps, batch_size=None, shuffle=False))
+# %% ../../nbs/pretrain/56_training.ipynb #2b7ddf50
+def _fit(module: PretrainModule, keeper: KeeperHooks, data: StepData, progress: bool) -> None:
+    spec = module.spec
+    trainer = make_trainer(spec, progress, [keeper], max_steps=spec.steps - module.first, max_epochs=-1, gradient_clip_val=spec.clip,
+                           devices=spec.devices, strategy=spec.strategy, use_distributed_sampler=False)
+    trainer.fit(module, datamodule=data)
 
-# %% ../../nbs/pretrain/56_training.ipynb #7c59f4c1
+# %% ../../nbs/pretrain/56_training.ipynb #0ae30afa
 def pretrain(
     pretrained: Pretrained,                   # encoder and representation; not changed
     objective: Any,                           # an objective; not changed
@@ -393,7 +404,7 @@ def pretrain(
     keeper.resume(module)
     if module.first < spec.steps:
         with quiet_lightning(), torch_threads(spec.threads), torch.random.fork_rng(devices=[]), interruptible(keeper.interrupted):
-            _fit(module, keeper, pretrained, items, spec, progress)
+            _fit(module, keeper, StepData(pretrained.representation, items, spec, module.first), progress)
     done = module.step
     info = {**pretrained.info, "pretraining": identity["objective"], "spec": spec.to_dict(), "steps": done, "items": len(items),
             "data": identity["data"], "seconds": round(keeper.seconds, 1)}

@@ -32,7 +32,7 @@ __all__ = ['PACKAGES', 'STATUSES', 'show_value', 'html_table', 'Table', 'Metric'
            'usable_cores', 'hardware', 'code_version', 'save_json', 'load_json', 'Result', 'metric_rows', 'result_html',
            'Recorder', 'record', 'compare', 'choose', 'Store']
 
-# %% ../../nbs/run/04_results.ipynb #2e71a457
+# %% ../../nbs/run/04_results.ipynb #97b46ca7
 def show_value(
     v: Any,  # a cell of a table
 ) -> str:
@@ -41,6 +41,7 @@ def show_value(
     if isinstance(v, bool) or not isinstance(v, float): return str(v)
     return f"{v:.4g}" if math.isfinite(v) else str(v)
 
+# %% ../../nbs/run/04_results.ipynb #3befbb1e
 def html_table(
     rows: Sequence[Mapping[str, Any]],  # one mapping per row
     columns: Iterable[str] | None = None,  # None: every key, in order of appearance
@@ -91,7 +92,7 @@ class Metric(Spec):
         unit, n = f" {self.unit}" if self.unit else "", f" (n={self.n})" if self.n is not None else ""
         return f"{self.name} {show_value(self.value) or 'missing'}{interval}{unit}{n}"
 
-# %% ../../nbs/run/04_results.ipynb #49541f04
+# %% ../../nbs/run/04_results.ipynb #4d1de7a2
 def jsonable(
     v: Any,  # numbers (numpy's too), strings, lists, mappings, data frames
 ) -> Any:
@@ -104,6 +105,7 @@ def jsonable(
     if isinstance(v, float): return v if math.isfinite(v) else None
     return v if v is None or isinstance(v, (bool, int, str)) else str(v)
 
+# %% ../../nbs/run/04_results.ipynb #18d0fd13
 @dataclass(frozen=True)
 class ExperimentSpec(Spec):
     "What was asked."
@@ -119,7 +121,7 @@ class ExperimentSpec(Spec):
         "Name and digest: the name of a run's folder."
         return f"{self.name}-{self.digest}"
 
-# %% ../../nbs/run/04_results.ipynb #a8c0c9b9
+# %% ../../nbs/run/04_results.ipynb #b9799683
 PACKAGES = ["matfm", "numpy", "scipy", "polars", "pyarrow", "scikit-learn", "torch", "lightning", "rdkit", "pymatgen", "chgnet",
             "tblite", "ase", "moyopy", "papermill"]
 
@@ -136,6 +138,7 @@ def _cpu_model() -> str:
     except OSError: lines = []
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor() or platform.machine())
 
+# %% ../../nbs/run/04_results.ipynb #28a528a0
 def usable_cores() -> int:
     "Cores this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -179,9 +182,10 @@ def load_json(path: str | os.PathLike) -> Any:
     except OSError as e: raise BadInput(f"cannot read {path}: {e.strerror}") from e
     except ValueError as e: raise BadInput(f"{path} is not valid JSON: {e}") from e
 
-# %% ../../nbs/run/04_results.ipynb #91cc4603
+# %% ../../nbs/run/04_results.ipynb #96728a3f
 STATUSES = ["ok", "failed", "interrupted"]
 
+# %% ../../nbs/run/04_results.ipynb #e1c45cd2
 @dataclass(frozen=True)
 class Result(Spec):
     "What came out of an experiment."
@@ -241,7 +245,7 @@ def _tag(v: Any) -> str: return f"{v:.12g}" if isinstance(v, float) else str(v)
 
 def _number(v: Any) -> float | None: return None if v is None else jsonable(float(v))
 
-# %% ../../nbs/run/04_results.ipynb #7440ac70
+# %% ../../nbs/run/04_results.ipynb #3a607f76
 class Recorder:
     "Collects the metrics and tables of one run; `save` writes its `Result`."
     def __init__(self, spec: ExperimentSpec, folder: Path, systems: Sequence[str] = (), claims: Sequence[str] = (), baselines: str = "", notes: str = ""):
@@ -262,10 +266,8 @@ class Recorder:
         self,
         name: str | Any,      # e.g. `"mae"`, or a ready metric with name, value, low, high, n, unit
         value: Any = None,    # the number; None or NaN: could not be computed
-        low: Any = None,      # lower end of its interval
-        high: Any = None,     # upper end
-        n: int | None = None, # samples
-        unit: str = "",       # empty for a pure number
+        low: Any = None, high: Any = None,  # ends of its interval
+        n: int | None = None, unit: str = "",  # samples; unit, empty for a pure number
         **tags: Any,          # what it is about: dataset="esol", model="forest"
     ) -> Metric:
         "Record one number."
@@ -281,8 +283,7 @@ class Recorder:
 
     def data(self, records: Any, digest: str = "") -> None:
         "Record which data were used: records (their name and digest), or a name with its digest."
-        if isinstance(records, str): self.datasets[records] = digest
-        else: self.datasets[records.name or "unnamed"] = records.digest
+        self.datasets |= {records: digest} if isinstance(records, str) else {records.name or "unnamed": records.digest}
 
     def save(self, notes: str = "") -> Result:
         "Write `result.json` into the run's folder."

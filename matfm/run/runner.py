@@ -36,7 +36,7 @@ __all__ = ['TYPES', 'BOOLEANS', 'STATES', 'HEARTBEAT', 'experiments', 'find_expe
            'is_done', 'source_digest', 'Job', 'execute', 'write_report', 'RunFailed', 'fair_threads', 'run_spec', 'run',
            'dask_client', 'sweep', 'list_runs']
 
-# %% ../../nbs/run/05_runner.ipynb #26f5cc16
+# %% ../../nbs/run/05_runner.ipynb #d08810e3
 def experiments(
     settings: Settings | None = None,  # None: the workspace's
 ) -> dict[str, Path]:
@@ -44,6 +44,7 @@ def experiments(
     folder = Path((settings or load_settings()).root).absolute() / "nbs" / "experiments"
     return {f.stem: f for f in sorted(folder.glob("*.ipynb")) if not f.name.startswith(".")}
 
+# %% ../../nbs/run/05_runner.ipynb #ac43406e
 def find_experiment(
     name: str | os.PathLike,           # a name, or the path of a notebook
     settings: Settings | None = None,  # None: the workspace's
@@ -56,7 +57,7 @@ def find_experiment(
     if not known: raise BadInput(f"no experiments in {Path((settings or load_settings()).root).absolute() / 'nbs' / 'experiments'}; give a notebook's path")
     return known[pick(str(name), known, "experiment")]
 
-# %% ../../nbs/run/05_runner.ipynb #f3c90fa9
+# %% ../../nbs/run/05_runner.ipynb #04f723ea
 TYPES: dict[str, type] = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "dict": dict}
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Parameter:
     default: Any       # a literal
     type: type | None  # None: anything (the default is None)
 
+# %% ../../nbs/run/05_runner.ipynb #eab6e053
 def _assignment(node: ast.stmt, where: str) -> Parameter | None:
     target: ast.expr
     if isinstance(node, ast.AnnAssign): target, annotation = node.target, ast.unparse(node.annotation).split("|")[0].strip()
@@ -77,6 +79,7 @@ def _assignment(node: ast.stmt, where: str) -> Parameter | None:
     default = list(default) if isinstance(default, tuple) else default
     return Parameter(target.id, default, TYPES.get(annotation.split("[")[0], None if default is None else type(default)))
 
+# %% ../../nbs/run/05_runner.ipynb #43d623ab
 def parameters_of(
     notebook: str | os.PathLike,  # the experiment
 ) -> dict[str, Parameter]:
@@ -86,7 +89,7 @@ def parameters_of(
     tree = ast.parse("".join(cells[0]["source"]))
     return {p.name: p for p in (_assignment(n, Path(notebook).name) for n in tree.body) if p}
 
-# %% ../../nbs/run/05_runner.ipynb #b8feba5e
+# %% ../../nbs/run/05_runner.ipynb #7f56f292
 BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 def _from_text(p: Parameter, text: str) -> Any:
@@ -99,6 +102,7 @@ def _from_text(p: Parameter, text: str) -> Any:
     if p.type is not None and not isinstance(value, p.type): raise ValueError(text)
     return value
 
+# %% ../../nbs/run/05_runner.ipynb #05bc1ab9
 def cast(
     p: Parameter,  # what is expected
     value: Any,    # text from the command line, or a Python value
@@ -116,7 +120,7 @@ def cast(
         raise problem
     return value
 
-# %% ../../nbs/run/05_runner.ipynb #ce522167
+# %% ../../nbs/run/05_runner.ipynb #7189cae5
 def split_values(
     text: str,  # e.g. `1,2,"a,b",[3,4]`
 ) -> list[str]:
@@ -131,6 +135,7 @@ def split_values(
         else: out[-1] += c
     return [v.strip() for v in out]
 
+# %% ../../nbs/run/05_runner.ipynb #fc571b3d
 class Sweep(list):
     "Values to try one after the other."
 
@@ -161,7 +166,7 @@ def preset(
     if not isinstance(found, dict): raise BadInput(f"{file} must map preset names to parameters")
     return found[pick(name, map(str, found), f"preset of {Path(notebook).stem}")] or {}
 
-# %% ../../nbs/run/05_runner.ipynb #53282198
+# %% ../../nbs/run/05_runner.ipynb #34a65fa8
 def _options(p: Parameter, value: Any) -> list[Any]:
     "The values to try: several if `value` is a sweep."
     listed = isinstance(value, (list, tuple)) and (p.type is not list or (len(value) > 0 and all(isinstance(v, (list, tuple)) for v in value)))
@@ -169,6 +174,7 @@ def _options(p: Parameter, value: Any) -> list[Any]:
     if not options: raise BadInput(f"{p.name}: a sweep needs at least one value")
     return options
 
+# %% ../../nbs/run/05_runner.ipynb #85a2f760
 def expand(
     notebook: str | os.PathLike,              # the experiment
     given: Mapping[str, Any] | None = None,   # name → value, or list of values to try
@@ -182,10 +188,11 @@ def expand(
     made = [ExperimentSpec(name, {**base, **dict(zip(options, values, strict=True))}) for values in itertools.product(*options.values())]
     return list({s.digest: s for s in made}.values())
 
-# %% ../../nbs/run/05_runner.ipynb #81bb0f47
+# %% ../../nbs/run/05_runner.ipynb #69801ab4
 STATES = ["running", "ok", "failed", "interrupted"]
 HEARTBEAT = 10.0  # s between two signs of life
 
+# %% ../../nbs/run/05_runner.ipynb #eaae4e54
 @dataclass(frozen=True)
 class Status(Spec):
     "What became of a run."
@@ -201,12 +208,13 @@ class Status(Spec):
 
     def check(self) -> None: pick(self.state, STATES, "state of a run")
 
+# %% ../../nbs/run/05_runner.ipynb #f3708264
 def read_status(folder: str | os.PathLike) -> Status | None:
     "The status of a run's folder; None if there is none."
     file = Path(folder) / "status.json"
     return Status.from_dict(load_json(file)) if file.is_file() else None
 
-# %% ../../nbs/run/05_runner.ipynb #5b588d36
+# %% ../../nbs/run/05_runner.ipynb #adf26cfa
 def _process_alive(pid: int, born: float) -> bool:
     import psutil
     try: p = psutil.Process(pid); return p.status() != psutil.STATUS_ZOMBIE and abs(p.create_time() - born) < 1.0
@@ -224,6 +232,7 @@ def is_done(folder: str | os.PathLike) -> bool:
     status = read_status(folder)
     return status is not None and status.state == "ok" and (Path(folder) / "result.json").is_file()
 
+# %% ../../nbs/run/05_runner.ipynb #f7f06601
 def source_digest(notebook: str | os.PathLike) -> str:
     "Twelve hex digits of a notebook's code, prose and outputs left out."
     return sha256_text("\n\n".join("".join(c["source"]) for c in load_json(notebook)["cells"] if c["cell_type"] == "code"))[:12]
@@ -320,7 +329,7 @@ def _error_text(e: BaseException, folder: Path, lines: int = 15) -> str:
     plain = re.sub(r"\x1b\[[0-9;]*m", "", text).strip().splitlines()
     return "\n".join(plain[-lines:])
 
-# %% ../../nbs/run/05_runner.ipynb #0eb906ac
+# %% ../../nbs/run/05_runner.ipynb #e2378bfb
 def _claim(folder: Path, status: Status, force: bool) -> None:
     "Make the folder ours; what an earlier attempt left is cleared, `work/` only if `force`."
     for _ in range(50):
@@ -334,6 +343,7 @@ def _claim(folder: Path, status: Status, force: bool) -> None:
     (folder / "work").mkdir(exist_ok=True)
     save_json(status.to_dict(), folder / "status.json")
 
+# %% ../../nbs/run/05_runner.ipynb #baf94af6
 def _environment(folder: Path, settings: Settings, threads: int) -> dict[str, str]:
     "What the kernel gets to know: its folder, our settings file, its share of the cores."
     file = os.environ.get("MATFM_SETTINGS") or str(Path(settings.root) / "settings.ini")
@@ -345,7 +355,7 @@ def fair_threads(settings: Settings, jobs: int = 1) -> int:
     given = os.environ.get("OMP_NUM_THREADS", "")
     return int(given) if given.isdigit() and int(given) > 0 else settings.train_threads or max(1, usable_cores() // jobs)
 
-# %% ../../nbs/run/05_runner.ipynb #b4c60db8
+# %% ../../nbs/run/05_runner.ipynb #d9c81566
 def _verdict(job: Job, status: Status, seconds: float, error: BaseException | None) -> Result:
     "Turn what is in the folder into a `Result` of the right status."
     file = job.folder / "result.json"
@@ -355,6 +365,7 @@ def _verdict(job: Job, status: Status, seconds: float, error: BaseException | No
     return Result(status.spec, state, notes=_error_text(error, job.folder), seconds=round(seconds, 3), started=status.started,
                   versions=versions(), hardware=hardware(), code=code_version())
 
+# %% ../../nbs/run/05_runner.ipynb #dbac0a56
 def _keep_notebook(folder: Path) -> bool:
     "Make the notebook that was being executed `notebook.ipynb`, unless it was cut off while it was being written."
     running = folder / "running.ipynb"
@@ -369,6 +380,7 @@ def _report(job: Job, result: Result) -> None:
         if _keep_notebook(job.folder): write_report(job.folder / "notebook.ipynb", result, job.folder / "report.html")
     except Exception as e: warnings.warn(f"{result.spec.key}: no report ({type(e).__name__}: {e})", stacklevel=2)
 
+# %% ../../nbs/run/05_runner.ipynb #602921c1
 def _conclude(job: Job, status: Status, result: Result) -> None:
     "Write result, notebook, report and, last, the verdict."
     result.save(job.folder / "result.json")
@@ -438,7 +450,7 @@ def dask_client(
             n_workers=jobs, threads_per_worker=1, processes=True, memory_limit=0, dashboard_address=None, silence_logs=logging.CRITICAL))
         yield stack.enter_context(Client(target))
 
-# %% ../../nbs/run/05_runner.ipynb #c0266ed2
+# %% ../../nbs/run/05_runner.ipynb #6f07adbc
 def _on_dask(notebook: Path, specs: Sequence[ExperimentSpec], settings: Settings, force: bool, jobs: int) -> Iterator[tuple[ExperimentSpec, Result]]:
     "Results as they come in."
     from distributed import as_completed
@@ -452,6 +464,7 @@ def _on_dask(notebook: Path, specs: Sequence[ExperimentSpec], settings: Settings
 def _here(notebook: Path, specs: Sequence[ExperimentSpec], settings: Settings, force: bool, progress: bool) -> Iterator[tuple[ExperimentSpec, Result]]:
     for s in specs: yield s, run_spec(notebook, s, settings, force, progress)
 
+# %% ../../nbs/run/05_runner.ipynb #33ad049c
 def _mark_interrupted(specs: Iterable[ExperimentSpec], settings: Settings) -> None:
     "Runs that a stopped cluster left behind."
     for folder in (settings.path("run_store") / s.key for s in specs):

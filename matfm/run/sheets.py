@@ -84,9 +84,10 @@ def _lines(given: Any) -> tuple[str, ...]:
     if isinstance(given, Mapping): return tuple(f"{k}: {v}" for k, v in given.items())
     return (given,) if isinstance(given, str) and given else tuple(str(x) for x in given)
 
-# %% ../../nbs/run/06_sheets.ipynb #282a7b44
+# %% ../../nbs/run/06_sheets.ipynb #64149108
 Lines = tuple[str, ...] | list[str] | str  # becomes a tuple
 
+# %% ../../nbs/run/06_sheets.ipynb #e86f6de9
 @dataclass(frozen=True, kw_only=True)
 class FactSheet(Spec):
     "One page on a model, a data set or a result. Every field must be filled; see `FIELDS` for what each one means."
@@ -131,7 +132,7 @@ def energy_note(
     return (f"{kwh:.3g} kWh, {kwh * kg_per_kwh:.3g} kg CO2 (estimated: {seconds / 3600:.3g} h on {cores} cores at {watts_per_core:g} W{gpu}, "
             f"{kg_per_kwh:g} kg CO2/kWh)")
 
-# %% ../../nbs/run/06_sheets.ipynb #f3d3a72d
+# %% ../../nbs/run/06_sheets.ipynb #1a4142cb
 SHEET_FILES = ["factsheet.json", "FACTSHEET.md"]
 
 def _title(key: str) -> str: return key.replace("_", " ").capitalize()
@@ -149,6 +150,7 @@ def sheet_markdown(s: FactSheet) -> str:
         out += ["## Metrics", "", *("| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in cells), ""]
     return "\n".join([*out, "## Provenance", "", *(f"- {k}: `{v}`" for k, v in s.provenance.items()), ""])
 
+# %% ../../nbs/run/06_sheets.ipynb #32aeab31
 def sheet_html(s: FactSheet) -> str:
     "The sheet as HTML."
     rows = [{"": _title(k), "value": "; ".join(v) if isinstance(v, tuple) else v} for k in FIELDS
@@ -156,11 +158,15 @@ def sheet_html(s: FactSheet) -> str:
     made = html_table([{"file": k, "digest": v} for k, v in s.provenance.items()])
     return f"<h4>{html.escape(s.name)}</h4>{html_table(rows)}{html_table(metric_rows(s.metrics))}<details><summary>provenance</summary>{made}</details>"
 
-# %% ../../nbs/run/06_sheets.ipynb #5ceea5f3
+# %% ../../nbs/run/06_sheets.ipynb #48c80bb0
 def folder_hashes(folder: str | os.PathLike) -> dict[str, str]:
-    "SHA-256 of each file in a folder, the sheet's own two and hidden ones left out."
-    return {f.name: sha256_file(f) for f in sorted(Path(folder).iterdir()) if f.is_file() and f.name not in SHEET_FILES and not f.name.startswith(".")}
+    "SHA-256 of each file in a folder and below it; hidden files, and folders with a sheet of their own, are left out."
+    root = Path(folder)
+    other = {f.parent for f in root.rglob(SHEET_FILES[0])} - {root}
+    files = {f.relative_to(root).as_posix(): f for f in sorted(root.rglob("*")) if f.is_file() and f.name not in SHEET_FILES and not other & set(f.parents)}
+    return {name: sha256_file(f) for name, f in files.items() if not any(part.startswith(".") for part in name.split("/"))}
 
+# %% ../../nbs/run/06_sheets.ipynb #71217916
 def save_sheet(
     sheet: FactSheet,
     folder: str | os.PathLike,  # the data set's or checkpoint's folder; save it last, so that its files are there to be hashed
@@ -172,6 +178,7 @@ def save_sheet(
     with atomic_write(Path(folder) / SHEET_FILES[1]) as p: p.write_text(sheet_markdown(whole), encoding="utf-8")
     return whole
 
+# %% ../../nbs/run/06_sheets.ipynb #e9420aae
 def load_sheet(folder: str | os.PathLike) -> FactSheet:
     "Read and check the sheet of a folder."
     file = Path(folder) / SHEET_FILES[0] if Path(folder).is_dir() else Path(folder)
@@ -193,7 +200,7 @@ def result_problems(
     found += [f"{Path(file).name}: {k} is missing" for k in wanted if not getattr(r, k)]
     return found + [f"{Path(file).name}: metric {m.name}{m.tags or ''} has no n" for m in r.metrics if m.value is not None and m.n is None]
 
-# %% ../../nbs/run/06_sheets.ipynb #80be2699
+# %% ../../nbs/run/06_sheets.ipynb #d2c3f722
 def _hash_problems(folder: Path, sheet: FactSheet, name: str) -> list[str]:
     "Files of the folder that the sheet does not know, or knows otherwise."
     actual = folder_hashes(folder)
@@ -204,6 +211,7 @@ def _sheet_folder(file: Path, root: Path) -> Path | None:
     "The nearest folder with a sheet, from the file's up to `root`."
     return next((p for p in file.parents if (p / SHEET_FILES[0]).is_file() and (p == root or root in p.parents)), None)
 
+# %% ../../nbs/run/06_sheets.ipynb #e05ec39a
 def check_sheets(
     folder: str | os.PathLike,  # e.g. the repository's `data/`; results are looked for in its `results/`
 ) -> list[str]:
