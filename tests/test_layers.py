@@ -64,7 +64,8 @@ def imported(tree: ast.AST) -> set[str]:
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            names.add(node.module)
+            inner = {f"{node.module}.{a.name}" for a in node.names} & set(PAGES)  # from matfm.run import results
+            names |= inner or {node.module}
             assert node.names[0].name != "*", f"import * from {node.module}"
         if isinstance(node, ast.Import):
             names |= {a.name for a in node.names}

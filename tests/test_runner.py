@@ -54,12 +54,20 @@ def started(root): return sorted(int(s) for s in (root / "nbs" / "experiments" /
 def folder_of(root, **parameters): return root / "runs" / runner.expand(root / "nbs" / "experiments" / "e01_toy.ipynb", parameters)[0].key
 
 
-def shell(root, *arguments, **options):
-    return subprocess.Popen([sys.executable, "-c", "from matfm.app.cli import main; main()", *arguments], cwd=root, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+@pytest.fixture
+def shell(space):
+    "Start `matfm` as a process of its own, in its own group; whatever still runs at the end is killed."
+    started_here = []
+    def start(*arguments):
+        started_here.append(subprocess.Popen([sys.executable, "-c", "from matfm.app.cli import main; main()", *arguments], cwd=space, text=True,
+                                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True))
+        return started_here[-1]
+    yield start
+    for p in started_here:
+        if p.poll() is None: os.killpg(p.pid, signal.SIGKILL)
 
 
-def wait_for(condition, seconds=60.0):
+def wait_for(condition, seconds=240.0):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
@@ -162,10 +170,10 @@ rec.table("resumed", [{"before": before}])
 """
 
 
-def test_a_sweep_killed_outright_goes_on_where_it_was(space):
+def test_a_sweep_killed_outright_goes_on_where_it_was(space, shell):
     experiment(space, BLOCK)
     command = ("run", "e01_toy", "-p", "seed=0,1,2", "--jobs", "2")
-    first = shell(space, *command)
+    first = shell(*command)
     done = [folder_of(space, seed=s) for s in (0, 1)]
     last = folder_of(space, seed=2)
     wait_for(lambda: all(runner.is_done(f) for f in done) and (last / "work" / "checkpoint").exists())
@@ -175,21 +183,37 @@ def test_a_sweep_killed_outright_goes_on_where_it_was(space):
     wait_for(lambda: not runner.is_alive(last))
     assert [row["state"] for row in runner.list_runs() if row["run"] == last.name] == ["cut off"]
     (space / "nbs/experiments/go").touch()
-    second = shell(space, *command)
-    out, err = second.communicate(timeout=120)
+    second = shell(*command)
+    out, err = second.communicate(timeout=240)
     assert second.returncode == 0, err
     assert started(space) == [0, 1, 2, 2] and "3 of 3 runs are done" in out and err.count("is done") == 2
     assert Result.load(last).tables["resumed"] == [{"before": True}]
 
 
-@pytest.mark.parametrize("jobs, seeds", [(1, "2"), (2, "2,0")])
-def test_ctrl_c_leaves_nothing_half_done(space, jobs, seeds):
+@pytest.mark.slow
+def test_a_killed_worker_is_replaced_and_its_run_repeated(space, shell):
     experiment(space, BLOCK)
-    process = shell(space, "run", "e01_toy", "-p", f"seed={seeds}", "--jobs", str(jobs), start_new_session=True)
+    process = shell("run", "e01_toy", "-p", "seed=2,0", "--jobs", "2")
+    folder = folder_of(space, seed=2)
+    wait_for(lambda: (folder / "work" / "checkpoint").exists())
+    victim = runner.read_status(folder).pid
+    assert victim != process.pid
+    os.kill(victim, signal.SIGKILL)
+    wait_for(lambda: started(space).count(2) == 2)
+    (space / "nbs/experiments/go").touch()
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0 and "2 of 2 runs are done" in out, err
+    assert Result.load(folder).tables["resumed"] == [{"before": True}]
+
+
+@pytest.mark.parametrize("jobs, seeds", [(1, "2"), pytest.param(2, "2,0", marks=pytest.mark.slow)])
+def test_ctrl_c_leaves_nothing_half_done(space, shell, jobs, seeds):
+    experiment(space, BLOCK)
+    process = shell("run", "e01_toy", "-p", f"seed={seeds}", "--jobs", str(jobs))
     folder = folder_of(space, seed=2)
     wait_for(lambda: (folder / "work" / "checkpoint").exists())
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process of the group
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     assert "Traceback" not in err and "interrupted" in err
     assert runner.read_status(folder).state == "interrupted" and not runner.is_done(folder)

@@ -135,7 +135,7 @@ def predict_items(
 
 def _to(batch: Batch, device: torch.device) -> Batch: return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
-# %% ../../nbs/adapt/60_finetune.ipynb #ebf8bfc5
+# %% ../../nbs/adapt/60_finetune.ipynb #1bd67a0d
 class Vectors:
     "A representation whose items are embeddings."
     def size(self, item: Item) -> int: return 1
@@ -144,7 +144,7 @@ class Vectors:
         batch: Batch = {"embedding": torch.from_numpy(np.stack([i["embedding"] for i in items]))}
         if "numbers" not in items[0]: return batch
         counts = torch.tensor([len(i["numbers"]) for i in items])
-        return {**batch, "numbers": torch.from_numpy(np.concatenate([i["numbers"] for i in items])), "counts": counts,
+        return {**batch, "numbers": torch.from_numpy(np.concatenate([i["numbers"] for i in items])).long(), "counts": counts,
                 "graph": torch.arange(len(items)).repeat_interleave(counts)}
 
 # %% ../../nbs/adapt/60_finetune.ipynb #93ad0e8f
@@ -349,11 +349,11 @@ def model_html(model: Model) -> str:
     about = f"{type(model.predictor.encoder).__name__}, {model.spec.strategy}, best epoch {model.info['best_epoch']} of {len(model.history)}"
     return f"<p><b>Model</b>: {about}</p>{html_table(rows)}"
 
-# %% ../../nbs/adapt/60_finetune.ipynb #520e443e
+# %% ../../nbs/adapt/60_finetune.ipynb #bf39534a
 def _copied(encoder: Any, dropout: float) -> Any:
     "A copy of the encoder with another dropout, as far as it has one."
     if "dropout" not in encoder.config or encoder.config["dropout"] == dropout: return copy.deepcopy(encoder)
-    made = type(encoder)(**{**encoder.config, "dropout": dropout})
+    with torch.random.fork_rng(devices=[]): made = type(encoder)(**{**encoder.config, "dropout": dropout})
     made.load_state_dict(encoder.state_dict())
     return made
 

@@ -25,9 +25,9 @@ from ..settings import load_settings
 __all__ = ['app', 'runs_app', 'data_app', 'Names', 'Given', 'Preset', 'Jobs', 'Where', 'Experiment', 'DataName', 'Smiles', 'Cif',
            'DEFAULT_CHECKPOINT', 'DEFAULT_ENCODER', 'Out', 'Model', 'DEFAULT_SPLIT', 'FOREST', 'LEVEL', 'Split',
            'Target', 'Unit', 'TableFile', 'Commands', 'group', 'root', 'run', 'runs_list', 'runs_show', 'runs_compare',
-           'data_list', 'data_get', 'data_card', 'structure_column', 'read_labelled', 'starting_point', 'pretrain',
-           'task_of', 'finetuned_sheet', 'finetune', 'predict_table', 'predict', 'checkpoint_folder', 'models', 'card',
-           'site', 'lab', 'main']
+           'data_list', 'data_get', 'data_card', 'structure_column', 'read_labelled', 'starting_point',
+           'pretrained_sheet', 'pretrain', 'task_of', 'finetuned_sheet', 'finetune', 'predict_table', 'predict',
+           'checkpoint_folder', 'models', 'card', 'site', 'lab', 'main']
 
 # %% ../../nbs/app/99_cli.ipynb #2d7e5c92
 class Commands(TyperGroup):
@@ -259,37 +259,64 @@ def starting_point(
 Out = Annotated[Path, typer.Option(help="Folder to write.")]
 Model = Annotated[str | None, typer.Option(help="A checkpoint (`matfm models`), a folder, or an encoder's name to start from random weights.")]
 
-# %% ../../nbs/app/99_cli.ipynb #8d9de8bb
+# %% ../../nbs/app/99_cli.ipynb #9ba051db
+def pretrained_sheet(
+    done: Any,           # PretrainRun
+    records: Any,        # Records it was trained on
+    objective: str,      # its name
+) -> Any:                # FactSheet
+    "The FactSheet of a pretrained encoder: what the machine can know, and what it does not know said plainly."
+    from matfm.run.results import Metric, code_version, usable_cores
+    from matfm.run.sheets import FactSheet, energy_note
+    rows = [r for r in done.history if r["part"] == "valid"] or done.history[-1:]
+    figures = {k: v for k, v in rows[-1].items() if isinstance(v, float) and k not in ("seconds", "lr")}
+    held = int(done.pretrained.info.get("valid_items", 0))
+    return FactSheet(
+        kind="model", name=f"{type(done.pretrained.encoder).__name__}_{objective}", summary=f"An encoder of {records.domain}s, pretrained without labels with {objective}.",
+        data=f"{records.name} ({len(records)} {records.domain}s), content digest {records.digest}", splits="random 95/5 of the records; the 5 % only watch the training",
+        metrics=[Metric(k, v, n=held or None, tags={"part": rows[-1]["part"]}) for k, v in figures.items()],
+        limits="not tested on any property yet: compare with the same encoder from scratch before trusting it", intended_use=f"a starting point for fine-tuning on {records.domain}s",
+        risks="it carries whatever bias its unlabelled data have", licence="not stated: follows from the licence of the data", citation="none yet",
+        recipe=f"matfm pretrain --objective {objective} --data {records.name}, {done.steps} steps", energy=energy_note(done.seconds, usable_cores()),
+        provenance={"code": code_version(), "records": records.digest})
+
+# %% ../../nbs/app/99_cli.ipynb #d05fd087
 @app.command()
 def pretrain(
     data: Annotated[str, typer.Option(help="A data set of the catalogue, or a table.")],
     objective: Annotated[str, typer.Option(help="masked_tokens, element_shuffling …")],
-    out: Out,
-    model: Model = None,
+    out: Out, model: Model = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 1000,
     batch_size: Annotated[int, typer.Option(help="Records in a batch.")] = 64,
     lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 5e-4,
     seed: Annotated[int, typer.Option(help="Of weights, batches and corruption.")] = 0,
     limit: Annotated[int | None, typer.Option(help="At most so many records.")] = None,
-    smiles: Smiles = None,
-    cif: Cif = None,
+    smiles: Smiles = None, cif: Cif = None,
 ) -> None:
     "Pretrain an encoder without labels.\n\nThe same command continues a run that was cut off."
+    from matfm.registry import objectives
+    pick(objective, objectives, "objective")
+    records, s = _unlabelled(data, limit, smiles, cif), load_settings()
+    from matfm.pretrain.training import PretrainSpec
+    spec = PretrainSpec(steps=steps, batch_size=batch_size, lr=lr, seed=seed, precision=s.train_precision, accelerator=s.train_accelerator, threads=s.train_threads)
+    done = _pretrain(starting_point(model, records.domain, seed), objective, records, spec, out)
+    typer.echo(f"{done.steps} steps in {done.seconds:.0f} s; checkpoint: {out}")
+
+# %% ../../nbs/app/99_cli.ipynb #cab9815f
+def _pretrain(start: Any, objective: str, records: Any, spec: Any, out: Path) -> Any:
+    "Train on 95 % of the records, watch the rest, save the encoder with its FactSheet; returns the PretrainRun."
     from matfm.data.loading import featurise
     from matfm.data.splits import random_split
     from matfm.models.zoo import save_pretrained
-    from matfm.pretrain.training import PretrainSpec, pretrain as train
+    from matfm.pretrain.training import pretrain as train
     from matfm.registry import objectives
-    kind, settings = objectives.get(objective), load_settings()
-    records = _unlabelled(data, limit, smiles, cif)
-    start = starting_point(model, records.domain, seed)
-    parts = [featurise(start.representation, part)[0] for part in random_split(records, (0.95, 0.05, 0.0), seed=seed).parts(records)[:2]]
-    spec = PretrainSpec(steps=steps, batch_size=batch_size, lr=lr, seed=seed, precision=settings.train_precision,
-                        accelerator=settings.train_accelerator, threads=settings.train_threads)
-    done = train(start, kind.for_encoder(start.encoder, start.representation), parts[0], spec, out, parts[1])
+    parts = random_split(records, (0.95, 0.05, 0.0), seed=spec.seed).parts(records)[:2]
+    items, held = (featurise(start.representation, p)[0] for p in parts)
+    done = train(start, objectives.get(objective).for_encoder(start.encoder, start.representation), items, spec, out, held)
     if done.interrupted: raise KeyboardInterrupt
-    save_pretrained(out, done.pretrained)
-    typer.echo(f"{done.steps} steps in {done.seconds:.0f} s; checkpoint: {out}")
+    done.pretrained.info["valid_items"] = len(held)
+    save_pretrained(out, done.pretrained, pretrained_sheet(done, records, objective))
+    return done
 
 # %% ../../nbs/app/99_cli.ipynb #ce54d43d
 def _unlabelled(data: str, limit: int | None, smiles: str | None, cif: str | None) -> Any:

@@ -31,7 +31,7 @@ from ..run.results import Metric, Result, Store, show_value, usable_cores
 
 # %% auto #0
 __all__ = ['FLOORS', 'Row', 'ASSETS', 'Page', 'read_notebook', 'read_page', 'house', 'floors', 'floor_title', 'signature',
-           'label_of', 'exported_names', 'relative', 'prose', 'convert', 'map_page', 'map_cards', 'first_picture',
+           'label_of', 'exported_names', 'relative', 'prose', 'convert', 'map_page', 'map_cards', 'main_picture',
            'gallery', 'results_page', 'card_files', 'cards_page', 'logo', 'mathml', 'setup', 'build_site',
            'site_faults']
 
@@ -132,15 +132,15 @@ def _comments(source: str) -> dict[int, str]:
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     return {t.start[0]: t.string.lstrip("# ").strip() for t in tokens if t.type == tokenize.COMMENT and not t.string.startswith("#|")}
 
-# %% ../../nbs/app/97_site.ipynb #3685fecb
+# %% ../../nbs/app/97_site.ipynb #3a2488ab
 Row = tuple[str, str, str, str]  # name, type, default, details
 
 def _parameters(f: ast.FunctionDef | ast.AsyncFunctionDef, notes: Mapping[int, str]) -> list[Row]:
     a = f.args
     plain = [*a.posonlyargs, *a.args]
     defaults: list[ast.expr | None] = [*[None] * (len(plain) - len(a.defaults)), *a.defaults]
-    rows = [(x.arg, x, d) for x, d in zip(plain, defaults)] + ([(f"*{a.vararg.arg}", a.vararg, None)] if a.vararg else [])
-    rows += [(x.arg, x, d) for x, d in zip(a.kwonlyargs, a.kw_defaults)] + ([(f"**{a.kwarg.arg}", a.kwarg, None)] if a.kwarg else [])
+    rows = [(x.arg, x, d) for x, d in zip(plain, defaults, strict=True)] + ([(f"*{a.vararg.arg}", a.vararg, None)] if a.vararg else [])
+    rows += [(x.arg, x, d) for x, d in zip(a.kwonlyargs, a.kw_defaults, strict=True)] + ([(f"**{a.kwarg.arg}", a.kwarg, None)] if a.kwarg else [])
     text = lambda n: ast.unparse(n) if n is not None else ""
     return [(n, text(x.annotation), text(d), notes.get((d or x).end_lineno or 0, "")) for n, x, d in rows if n not in ("self", "cls")]
 
@@ -151,7 +151,7 @@ def _fields(c: ast.ClassDef, notes: Mapping[int, str]) -> list[Row]:
     return [(n.target.id, ast.unparse(n.annotation), ast.unparse(n.value) if n.value else "", notes.get(n.end_lineno or 0, ""))
             for n in c.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name) and n.target.id[0] != "_" and "ClassVar" not in ast.unparse(n.annotation)]
 
-# %% ../../nbs/app/97_site.ipynb #5bb0bf28
+# %% ../../nbs/app/97_site.ipynb #752df26d
 def _call(name: str, rows: Sequence[Row], returns: ast.expr | None = None) -> str:
     "A signature: names and defaults; long defaults are cut, long lines wrapped."
     parts = [f"{n}={d}" if d and len(d) < 30 and "(" not in d[1:] else f"{n}=..." if d else n for n, _, d, _ in rows]
@@ -168,7 +168,7 @@ def _table(rows: Sequence[Row]) -> str:
     if not any(r[3] for r in rows): return ""
     columns = [(h, [f(r[i]) for r in rows]) for i, (h, f) in enumerate([("", _code), ("type", _code), ("default", _code), ("", _cell)])]
     kept = [(h, cells) for h, cells in columns if any(cells)]
-    lines = [[h for h, _ in kept], ["---"] * len(kept), *zip(*(cells for _, cells in kept))]
+    lines = [[h for h, _ in kept], ["---"] * len(kept), *zip(*(cells for _, cells in kept), strict=True)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 def _doc(node: Any) -> str: return " ".join((ast.get_docstring(node) or "").split("\n"))
@@ -336,15 +336,13 @@ def map_cards(
              for f, inside in floors(pages).items()]
     return "\n".join(["::::{container} cards", *cards, "::::"])
 
-# %% ../../nbs/app/97_site.ipynb #66e24562
-def first_picture(
+# %% ../../nbs/app/97_site.ipynb #57d17133
+def main_picture(
     nb: Mapping[str, Any],
 ) -> bytes | None:
-    "The first PNG among a notebook's outputs."
-    for c in nb["cells"]:
-        for o in c.get("outputs", []):
-            if png := o.get("data", {}).get("image/png"): return base64.b64decode("".join(png))
-    return None
+    "The PNG with most in it among a notebook's outputs."
+    found = [o["data"]["image/png"] for c in nb["cells"] for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
+    return max((base64.b64decode("".join(png)) for png in found), key=len, default=None)
 
 # %% ../../nbs/app/97_site.ipynb #fd5f07ba
 def gallery(
@@ -437,7 +435,7 @@ def cards_page(
     rows = [f"| [{_cell(title)}]({name}.md) | {_cell(lead)} |" for name, (title, lead) in found.items()]
     return "\n\n".join([*head, "\n".join(["| FactSheet | |", "|---|---|", *rows]), _toctree(found)]) + "\n"
 
-# %% ../../nbs/app/97_site.ipynb #6e70aa2a
+# %% ../../nbs/app/97_site.ipynb #f4a9bb94
 def logo(
     line: str = "#1B2A38",  # colour of the bonds
 ) -> str:
@@ -445,7 +443,7 @@ def logo(
     ring = [(32, 6), (54.5, 19), (54.5, 45), (32, 58), (9.5, 45), (9.5, 19)]
     path = "M" + " L".join(f"{x} {y}" for x, y in ring) + " Z " + " ".join(f"M32 32 L{x} {y}" for x, y in ring[1::2])
     colours = ["#0072B2", "#E69F00", "#0072B2", "#E69F00", "#0072B2", "#E69F00"]
-    dots = "".join(f'<circle cx="{x}" cy="{y}" r="5.4" fill="{c}"/>' for (x, y), c in zip(ring, colours))
+    dots = "".join(f'<circle cx="{x}" cy="{y}" r="5.4" fill="{c}"/>' for (x, y), c in zip(ring, colours, strict=True))
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 64 64"><path d="{path}" fill="none" stroke="{line}" stroke-width="2.6" '
             f'stroke-linejoin="round"/>{dots}<circle cx="32" cy="32" r="6.6" fill="#009E73"/></svg>')
 
@@ -472,11 +470,11 @@ def setup(app: Any) -> dict[str, Any]:
     app.add_html_math_renderer("mathml", (inline, None), (block, None))
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 
-# %% ../../nbs/app/97_site.ipynb #5c550dd0
+# %% ../../nbs/app/97_site.ipynb #2511473e
 def _sphinx_options(titles: Mapping[str, str]) -> dict[str, Any]:
     "The whole configuration of Sphinx. The titles are part of it: when one changes, every page's navigation is drawn again."
     theme = {"logo": {"image_light": "_static/logo.svg", "image_dark": "_static/logo-dark.svg", "text": "matfm"},
-             "navbar_end": ["theme-switcher"], "secondary_sidebar_items": {"index": [], "library": ["page-toc"], "**": ["page-toc"]}, "show_toc_level": 2,
+             "navbar_end": ["theme-switcher"], "secondary_sidebar_items": {"index": [], **{d: ["page-toc"] for d in [*titles, "library", "results"] if d != "index"}}, "show_toc_level": 2,
              "footer_start": ["copyright"], "footer_end": [], "navigation_with_keys": False, "show_prev_next": False, "header_links_before_dropdown": 8,
              "pygments_light_style": "a11y-high-contrast-light", "pygments_dark_style": "a11y-high-contrast-dark"}
     return {"project": "matfm", "copyright": "The matfm developers", "author": "The matfm developers", "html_title": "matfm", "language": "en",
@@ -519,11 +517,21 @@ def _look(source: _Source, titles: Mapping[str, str]) -> None:
     if ASSETS: source.add("_static/site.css", (ASSETS / "site.css").read_bytes())
     source.add("conf.py", f"import json\nglobals().update(json.loads({json.dumps(json.dumps(_sphinx_options(titles)))}))\n")
 
-# %% ../../nbs/app/97_site.ipynb #23d2e860
+# %% ../../nbs/app/97_site.ipynb #3912b5de
+def _home_picture(source: _Source, root: Path, pages: Sequence[Page]) -> str:
+    "The first tutorial's picture, with a link to it."
+    for p in pages:
+        png = main_picture(read_notebook(root / p.file)) if p.folder == "tutorials" else None
+        if png:
+            source.add("_pictures/home.png", png)
+            return f"[![{p.title}](_pictures/home.png)]({p.doc}.ipynb)"
+    return ""
+
 def _notebook_pages(source: _Source, root: Path, pages: Sequence[Page]) -> None:
     "Every notebook, converted; the home page gets the map and the tree of all pages."
     by_file, names = {p.file: p for p in pages}, exported_names(root, pages)
     blocks = {"columns": "::::{container} columns\n:::{container} column", "next": ":::\n:::{container} column", "end": ":::\n::::", "map": map_cards(pages)}
+    if drawn := _home_picture(source, root, pages): blocks["picture"] = drawn
     tree = _toctree(["library", "tutorials/index", "experiments/index", "results", "cards/index"])
     for p in pages:
         nb = convert(root, p, by_file, names, blocks if p.doc == "index" else None)
@@ -531,13 +539,13 @@ def _notebook_pages(source: _Source, root: Path, pages: Sequence[Page]) -> None:
         source.add(f"{p.doc}.ipynb", json.dumps(nb))
     if "index.ipynb" not in by_file: source.add("index.md", f"# matfm\n\n{map_cards(pages)}\n\n{tree}\n")
 
-# %% ../../nbs/app/97_site.ipynb #3a359faa
+# %% ../../nbs/app/97_site.ipynb #2137be1a
 def _galleries(source: _Source, root: Path, pages: Sequence[Page]) -> None:
-    "Tutorials and experiments, each with its first picture."
+    "Tutorials and experiments, each with its main picture."
     kinds = {"tutorials": ("Tutorials", "From nothing to a first answer."), "experiments": ("Experiments", "One notebook, one question, with the cheap baseline beside every answer.")}
     for folder, (title, promise) in kinds.items():
         inside = [p for p in pages if p.folder == folder]
-        found = {p.file: png for p in inside if (png := first_picture(read_notebook(root/p.file)))}
+        found = {p.file: png for p in inside if (png := main_picture(read_notebook(root/p.file)))}
         for file, png in found.items(): source.add(f"{folder}/_pictures/{Path(file).stem}.png", png)
         source.add(f"{folder}/index.md", gallery(title, promise, inside, {f: f"_pictures/{Path(f).stem}.png" for f in found}))
 

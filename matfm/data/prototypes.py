@@ -361,18 +361,18 @@ def candidates() -> dict[str, list[Decoration]]:
     for d in every: out[d.prototype].setdefault(d.id, d)
     return {name: list(ds.values()) for name, ds in out.items()}
 
-# %% ../../nbs/data/19_prototypes.ipynb #49a12872
+# %% ../../nbs/data/19_prototypes.ipynb #e01fd2dd
 def decorations(
     quotas: Mapping[str, tuple[int, int]] = QUOTAS,  # prototype → plausible, implausible; prototypes left out are not used
     seed: int = 0,                                   # another seed draws other members of the same families
 ) -> list[Decoration]:
-    "The set: up to the quota of each family, drawn and ordered by hash."
+    "The set: up to the quota of each family, drawn by one hash and ordered by another."
     for name in quotas: pick(name, PROTOTYPES, "prototype")
-    key = functools.cache(lambda d: sha256_text(f"{seed}:{d.id}"))
+    draw, order = (lambda d: sha256_text(f"{seed}:{d.id}")), (lambda d: sha256_text(f"order {seed}:{d.id}"))
     out: list[Decoration] = []
     for name, ds in candidates().items():
-        for plausible, n in zip((True, False), quotas.get(name, (0, 0)), strict=True): out += sorted((d for d in ds if d.plausible is plausible), key=key)[:n]
-    return sorted(out, key=key)
+        for plausible, n in zip((True, False), quotas.get(name, (0, 0)), strict=True): out += sorted((d for d in ds if d.plausible is plausible), key=draw)[:n]
+    return sorted(out, key=order)
 
 # %% ../../nbs/data/19_prototypes.ipynb #87cf9e8a
 def split_of(

@@ -174,7 +174,7 @@ def logloss(y: ArrayLike, pred: ArrayLike) -> float:
     "Mean negative log-likelihood of the labels, in nats; needs probabilities."
     return METRICS["logloss"](y, pred)
 
-# %% ../../nbs/evaluate/40_metrics.ipynb #b6b98f34
+# %% ../../nbs/evaluate/40_metrics.ipynb #ee732e5f
 def resamples(
     rows: int,               # rows of the test set
     n: int,                  # resamples in all
@@ -192,7 +192,7 @@ def _draws(m: Measure, y: np.ndarray, predictions: Sequence[np.ndarray], n: int,
     blocks = []
     with np.errstate(divide="ignore", invalid="ignore"):
         for w in resamples(len(y), n, seed): blocks.append([m.formula(y, p, w) for p in predictions])
-    return [np.concatenate(b) for b in zip(*blocks)]
+    return [np.concatenate(b) for b in zip(*blocks, strict=True)]
 
 # %% ../../nbs/evaluate/40_metrics.ipynb #39b9e6a2
 def as_measure(
@@ -338,7 +338,7 @@ def residuals(
     ax.plot([np.median(p[b]) for b in bins], [np.median((p - t)[b]) for b in bins], color=COLOURS["red"], linewidth=1.8)
     return ax
 
-# %% ../../nbs/evaluate/40_metrics.ipynb #e42fb326
+# %% ../../nbs/evaluate/40_metrics.ipynb #1becd5eb
 def whiskers(
     metrics: Sequence[Metric],  # of the same name and unit
     labels: Sequence[str],      # one for each
@@ -349,7 +349,7 @@ def whiskers(
     ax = axes(ax, with_unit(metrics[0].name, metrics[0].unit), size=(5, 0.8 + 0.34 * len(metrics)))
     for i, m in enumerate(metrics):
         if m.low is not None and m.high is not None: ax.hlines(-i, m.low, m.high, color=COLOURS["blue"], linewidth=2)
-        ax.plot([m.value], [-i], "o", color=COLOURS["blue"], markersize=6)
+        if m.value is not None: ax.plot([m.value], [-i], "o", color=COLOURS["blue"], markersize=6)
     ax.set_yticks([-i for i in range(len(labels))], list(labels))
     ax.set_ylim(0.6 - len(labels), 0.4)
     return ax

@@ -173,7 +173,7 @@ def plot_calibration(
     ax.legend(frameon=False, fontsize="small", loc="upper left")
     return ax
 
-# %% ../../nbs/evaluate/41_uncertainty.ipynb #9722b6bc
+# %% ../../nbs/evaluate/41_uncertainty.ipynb #62d9f073
 def plot_coverage(
     y: ArrayLike, mean: ArrayLike, std: ArrayLike,  # measured, predicted and its standard deviation, [n] each
     conformal: Any,             # a fitted `SplitConformal`, or what holds one per output as `conformal[name]`, such as an ensemble
@@ -185,7 +185,7 @@ def plot_coverage(
     ax = plot_calibration(y, mean, std, "spread alone,", ax)
     lower, upper = c.interval(mean, std if c.scaled else None)
     m = evaluate_intervals(y, lower, upper, c.level)[0]
-    if m.value is None: raise BadInput("coverage needs at least one row with a measurement")
+    if m.value is None or m.low is None or m.high is None: raise BadInput("coverage needs at least one row with a measurement")
     ax.vlines([c.level], m.low, m.high, color=COLOURS["red"], linewidth=2)
     ax.plot([c.level], [m.value], "o", color=COLOURS["red"], label=f"conformal, {m.value:.0%} of {c.level:.0%} wanted")
     ax.legend(frameon=False, fontsize="small", loc="upper left")
@@ -211,7 +211,7 @@ def ece(y: ArrayLike, prob: ArrayLike, bins: int = 10) -> float:
     p, share_, n = reliability(y, prob, bins)
     return float((n * np.abs(p - share_)).sum() / n.sum()) if n.sum() else float("nan")
 
-# %% ../../nbs/evaluate/41_uncertainty.ipynb #72bf69b9
+# %% ../../nbs/evaluate/41_uncertainty.ipynb #14aea6e1
 def plot_reliability(
     y: ArrayLike,     # labels 0/1, [n]
     prob: ArrayLike,  # predicted probability of 1, [n]
@@ -221,9 +221,9 @@ def plot_reliability(
     p, observed, n = reliability(y, prob, bins)
     ax = axes(ax, "predicted probability", "observed share", size=(3.8, 3.6))
     ax.plot([0, 1], [0, 1], color=COLOURS["grey"], linewidth=1, linestyle="--")
-    ci = [share("share", round(s * k), k) for s, k in zip(observed, n)]
+    ci = [share("share", round(s * k), k) for s, k in zip(observed, n, strict=True)]
     line = ax.plot(p, observed, "o-", linewidth=1.5, markersize=5, label=f"{label} ECE {ece(y, prob, bins):.3f}".strip())[0]
-    ax.vlines(p, [c.low for c in ci], [c.high for c in ci], color=line.get_color(), linewidth=1)
+    ax.vlines(p, np.array([c.low for c in ci], float), np.array([c.high for c in ci], float), color=line.get_color(), linewidth=1)
     ax.set_aspect("equal")
     ax.legend(frameon=False, fontsize="small", loc="upper left")
     return ax

@@ -23,8 +23,8 @@ from ..registry import Registry, encoders, representations
 from ..settings import load_settings
 
 # %% auto #0
-__all__ = ['CONFIG_FIELDS', 'SHEET_FILES', 'Pretrained', 'from_scratch', 'save_pretrained', 'read_config', 'build_checked',
-           'load_weights', 'checkpoints', 'load_pretrained']
+__all__ = ['CONFIG_FIELDS', 'SHEET_FILES', 'Pretrained', 'from_scratch', 'untrained', 'save_pretrained', 'read_config',
+           'build_checked', 'load_weights', 'checkpoints', 'load_pretrained']
 
 # %% ../../nbs/models/39_zoo.ipynb #59073592
 @dataclass
@@ -61,6 +61,17 @@ def from_scratch(
         torch.manual_seed(seed)
         encoder = encoder_cls.for_representation(representation, **config)
     return Pretrained(encoder.eval(), representation, {"pretraining": "none", "seed": seed})
+
+# %% ../../nbs/models/39_zoo.ipynb #50a11ad1
+def untrained(
+    pretrained: Pretrained,  # not changed
+    seed: int = 0,           # of the starting values; the caller's random state is left alone
+) -> Pretrained:
+    "The same network as it was before any training."
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder = encoders.build(encoders.describe(pretrained.encoder))
+    return Pretrained(encoder.eval(), pretrained.representation, {"pretraining": "none", "seed": seed})
 
 # %% ../../nbs/models/39_zoo.ipynb #4b8ce691
 CONFIG_FIELDS = ["format", "representation", "encoder", "info", "weights_sha256"]

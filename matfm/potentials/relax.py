@@ -46,7 +46,7 @@ class EOS(Spec):
         x = (self.V0 / np.asarray(volume, float))**(2 / 3) - 1
         return self.E0 + 9 / 16 * self.V0 * self.B0 / GPA * x**2 * (2 + (self.B1 - 4) * x)
 
-# %% ../../nbs/potentials/71_relax.ipynb #9795a948
+# %% ../../nbs/potentials/71_relax.ipynb #5b410c1c
 def equation_of_state(
     volumes: Sequence[float] | np.ndarray,   # at least 5, Å³
     energies: Sequence[float] | np.ndarray,  # eV
@@ -61,7 +61,7 @@ def equation_of_state(
     V0 = mid * x**-1.5
     if not v.min() < V0 < v.max(): raise NotRelaxed(f"the minimum ({V0:.2f} Å³) lies outside {v.min():.2f}–{v.max():.2f} Å³")
     d2, d3 = np.polyval(np.polyder(cubic, 2), x), np.polyval(np.polyder(cubic, 3), x)
-    rms = np.sqrt(np.mean((np.polyval(cubic, (v / mid)**(-2 / 3)) + e.mean() - e)**2))
+    with np.errstate(over="ignore"): rms = np.sqrt(np.mean((np.polyval(cubic, (v / mid)**(-2 / 3)) + e.mean() - e)**2))
     return EOS(float(V0), float(np.polyval(cubic, x) + e.mean()), float(4 / 9 * x**2 * d2 / V0 * GPA), float(4 + 2 / 3 * d3 * x / d2), float(rms))
 
 # %% ../../nbs/potentials/71_relax.ipynb #bf76d5ee
@@ -366,7 +366,7 @@ def as_row(
               "frac": (np.asarray(out.crystal.frac) % 1.0).ravel().tolist()}
     return {"id": job.id, **arrays, "energy": out.energy if np.isfinite(out.energy) else None, **eos, "steps": out.steps, "reason": out.reason}
 
-# %% ../../nbs/potentials/71_relax.ipynb #b85b567b
+# %% ../../nbs/potentials/71_relax.ipynb #32dd46af
 def relax_all(
     potential: Any,
     jobs: Sequence[Job],
@@ -377,7 +377,7 @@ def relax_all(
     about = potential.to_dict() if isinstance(potential, Spec) else str(potential)
     for k in range(0, len(jobs), chunk):
         part = jobs[k:k + chunk]
-        guess = [[j.id, j.space_group, np.round(np.asarray(j.crystal.lattice), 6).tolist()] for j in part]
+        guess = [[j.id, j.space_group, (np.round(np.asarray(j.crystal.lattice), 6) + 0.0).tolist()] for j in part]
         file = Path(folder) / f"{sha256_text(canonical_json([type(potential).__name__, about, guess]))[:16]}.json"
         if not file.exists():
             rows = [as_row(j, r) for j, r in zip(part, relax_jobs(potential, part), strict=True)]

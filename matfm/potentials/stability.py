@@ -18,9 +18,9 @@ import numpy as np
 import polars as pl
 
 # %% auto #0
-__all__ = ['MOLECULES', 'TARGETS', 'molecular_crystals', 'elemental_forms', 'elemental_jobs', 'Reference', 'references',
-           'formation_energies', 'best_mixture', 'competitors', 'above_hull', 'target_table', 'labelled',
-           'save_references', 'load_references', 'save_set']
+__all__ = ['MOLECULES', 'TARGETS', 'STIFFEST', 'molecular_crystals', 'elemental_forms', 'elemental_jobs', 'Reference',
+           'references', 'formation_energies', 'best_mixture', 'competitors', 'above_hull', 'refused', 'target_table',
+           'labelled', 'save_references', 'load_references', 'save_set']
 
 # %% ../../nbs/potentials/74_stability.ipynb #1aaca8d2
 from ..core import BadInput, Spec, pick, sha256_file
@@ -142,9 +142,18 @@ def above_hull(
             out[k] = max(0.0, e[k] - hull[key])
     return out
 
-# %% ../../nbs/potentials/74_stability.ipynb #89a08afc
+# %% ../../nbs/potentials/74_stability.ipynb #f1a52cf5
 TARGETS: dict[str, str] = {"formation_energy": "eV/atom", "e_above_hull": "eV/atom", "volume_per_atom": "angstrom^3/atom", "bulk_modulus": "GPa"}
 
+STIFFEST = 600.0  # GPa; diamond has 443: beyond this the minimum is a hole of the potential
+
+def refused(
+    row: Mapping[str, Any],  # from `relax_all`
+) -> str:
+    "Why a row gets no labels; empty if it does."
+    return row["reason"] or ("" if row["B0"] < STIFFEST else f"stiffer than any solid: bulk modulus {row['B0']:.0f} GPa")
+
+# %% ../../nbs/potentials/74_stability.ipynb #716e18a2
 def target_table(
     good: Sequence[Mapping[str, Any]],  # relaxed rows without a reason
     made: Sequence[Crystal],            # their crystals
@@ -157,7 +166,7 @@ def target_table(
                "volume_per_atom": [c.volume / len(c) for c in made], "bulk_modulus": [r["B0"] for r in good]}
     return {k: np.round(np.asarray(v, float), 2 if k == "bulk_modulus" else 5).tolist() for k, v in columns.items()}
 
-# %% ../../nbs/potentials/74_stability.ipynb #09f93acf
+# %% ../../nbs/potentials/74_stability.ipynb #3d17c268
 def labelled(
     rows: Sequence[Mapping[str, Any]],      # from `relax_all`
     decorations: Sequence[Decoration],      # at least those of the rows
@@ -166,14 +175,14 @@ def labelled(
 ) -> tuple[Records, Rejected]:
     "Relaxed rows as `Records` with targets, prototype, rule and split; the others as `Rejected`."
     about = {d.id: d for d in decorations}
-    bad = Rejected([(r["id"], k, r["id"], r["reason"]) for k, r in enumerate(rows) if r["reason"]])
-    good = [r for r in rows if not r["reason"]]
+    bad = Rejected([(r["id"], k, r["id"], refused(r)) for k, r in enumerate(rows) if refused(r)])
+    good = [r for r in rows if not refused(r)]
     made = [Crystal(np.round(r["lattice"], 6), r["numbers"], np.round(r["frac"], 6) % 1.0) for r in good]
     records, unread = crystals(made, target_table(good, made, reference), TARGETS, [r["id"] for r in good], name)
     ds = [about[pick(r["id"], about, "decoration")] for r in good]
     columns = {"prototype": [d.prototype for d in ds], "space_group": [prototype(d.prototype).space_group for d in ds], "rule": [d.rule for d in ds],
                "plausible": [d.plausible for d in ds], "chemical_system": [d.chemical_system for d in ds], "split": [split_of(d.chemical_system) for d in ds],
-               "energy": np.round([r["energy"] / len(r["numbers"]) for r in good], 6), "bulk_modulus_derivative": np.round([r["B1"] for r in good], 3),
+               "energy_per_atom": np.round([r["energy"] / len(r["numbers"]) for r in good], 6), "bulk_modulus_derivative": np.round([r["B1"] for r in good], 3),
                "eos_rms": np.round([r["rms"] / len(r["numbers"]) for r in good], 6), "relax_steps": [r["steps"] for r in good]}
     return records.with_columns(columns), bad + unread
 
