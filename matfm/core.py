@@ -92,12 +92,12 @@ def require(
     except ImportError as e:
         raise MissingExtra(f"{module.split('.')[0]} is needed here and is not installed: pip install 'matfm[{extra}]' ({e})") from e
 
-# %% ../nbs/00_core.ipynb #136f471a
+# %% ../nbs/00_core.ipynb #5eb7259e
 @functools.lru_cache(maxsize=1)
 def unit_registry() -> Any:
     "pint's registry, with the counting units of materials science."
     import pint
-    u = pint.UnitRegistry()
+    u: Any = pint.UnitRegistry()
     u.define("atom = [atom_count]")
     u.define("formula_unit = [formula_count]")
     return u
@@ -154,7 +154,7 @@ def atomic_write(
         os.replace(tmp, path)
     finally: Path(tmp).unlink(missing_ok=True)
 
-# %% ../nbs/00_core.ipynb #e73bc24c
+# %% ../nbs/00_core.ipynb #b84f90db
 def _plain(v: Any) -> Any:
     if isinstance(v, Spec): return v.to_dict()
     if isinstance(v, Mapping): return {str(k): _plain(x) for k, x in v.items()}
@@ -168,7 +168,7 @@ def _rebuild(tp: Any, v: Any) -> Any:
     if isinstance(tp, type) and issubclass(tp, Spec) and isinstance(v, Mapping): return tp.from_dict(v)
     if typing.get_origin(tp) is tuple and v is not None:
         return tuple(_rebuild(args[0] if len(args) == 2 and args[1] is Ellipsis else t, x)
-                     for t, x in zip(args if Ellipsis not in args else [args[0]] * len(v), v))
+                     for t, x in zip(args if Ellipsis not in args else [args[0]] * len(v), v, strict=True))
     if args and type(None) in args and v is not None: return _rebuild(next(a for a in args if a is not type(None)), v)
     return v
 
