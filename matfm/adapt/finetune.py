@@ -321,13 +321,14 @@ def save_model(model: Model, folder: str | Path, factsheet: Any = None) -> Path:
     if factsheet is not None: factsheet.save(folder)
     return folder
 
-# %% ../../nbs/adapt/60_finetune.ipynb #352d5ed1
+# %% ../../nbs/adapt/60_finetune.ipynb #5a399f35
 def load_model(folder: str | Path) -> Model:
     "Read a model's folder; offline, nothing unpickled."
     folder = Path(folder)
     c = read_config(folder, MODEL_FIELDS)
-    heads = Heads.from_config(c["heads"])
-    predictor = Predictor(build_checked(encoders, c["encoder"]), heads, TargetTransform(heads.task)).eval()
+    with torch.random.fork_rng(devices=[]):  # fresh weights are drawn and overwritten; the caller's random state stays as it was
+        heads = Heads.from_config(c["heads"])
+        predictor = Predictor(build_checked(encoders, c["encoder"]), heads, TargetTransform(heads.task)).eval()
     load_weights(predictor, folder / "model.safetensors", c["weights_sha256"])
     return Model(predictor, build_checked(representations, c["representation"]), FinetuneSpec.from_dict(c["spec"]), c["history"], c["step0"], c["info"])
 

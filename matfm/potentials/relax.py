@@ -46,7 +46,7 @@ class EOS(Spec):
         x = (self.V0 / np.asarray(volume, float))**(2 / 3) - 1
         return self.E0 + 9 / 16 * self.V0 * self.B0 / GPA * x**2 * (2 + (self.B1 - 4) * x)
 
-# %% ../../nbs/potentials/71_relax.ipynb #5b410c1c
+# %% ../../nbs/potentials/71_relax.ipynb #abacade5
 def equation_of_state(
     volumes: Sequence[float] | np.ndarray,   # at least 5, Å³
     energies: Sequence[float] | np.ndarray,  # eV
@@ -55,13 +55,14 @@ def equation_of_state(
     v, e = np.asarray(volumes, float), np.asarray(energies, float)
     if v.shape != e.shape or v.ndim != 1 or len(v) < 5: raise BadInput(f"need 5 or more (volume, energy) points, got shapes {v.shape} and {e.shape}")
     if not (np.isfinite(v).all() and np.isfinite(e).all() and (v > 0).all()): raise BadInput("volumes must be positive and everything finite")
+    if e.max() > e.min() + 1e6: raise NotRelaxed("the energies spread over more than a million eV")
     mid = v.mean()
     cubic = np.polyfit((v / mid)**(-2 / 3), e - e.mean(), 3)
     x = minimum(cubic)
     V0 = mid * x**-1.5
     if not v.min() < V0 < v.max(): raise NotRelaxed(f"the minimum ({V0:.2f} Å³) lies outside {v.min():.2f}–{v.max():.2f} Å³")
     d2, d3 = np.polyval(np.polyder(cubic, 2), x), np.polyval(np.polyder(cubic, 3), x)
-    with np.errstate(over="ignore"): rms = np.sqrt(np.mean((np.polyval(cubic, (v / mid)**(-2 / 3)) + e.mean() - e)**2))
+    rms = np.sqrt(np.mean((np.polyval(cubic, (v / mid)**(-2 / 3)) + e.mean() - e)**2))
     return EOS(float(V0), float(np.polyval(cubic, x) + e.mean()), float(4 / 9 * x**2 * d2 / V0 * GPA), float(4 + 2 / 3 * d3 * x / d2), float(rms))
 
 # %% ../../nbs/potentials/71_relax.ipynb #bf76d5ee
