@@ -27,7 +27,7 @@ $(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.core
 	@touch "$@"
 
 quickstart: $(VENV)/.core  ## install, run the main job on the embedded data, print the results and the report's path
-	$(PY) -m matfm run e00_quickstart --show
+	$(PY) -m matfm run e00_quickstart
 
 test: $(VENV)/.dev  ## the whole gate, as CI runs it: sync, layers, lint, types, notebooks, experiments, site
 	$(PY) -m pytest -n 2 --dist worksteal

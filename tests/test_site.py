@@ -96,8 +96,10 @@ def test_results_page_shows_each_committed_number(built):
 def test_results_page_of_made_up_results():
     m = Metric("mae", 0.5, 0.4, 0.6, n=10, unit="eV", tags={"model": "net | forest"})
     r = Result(ExperimentSpec("e1", {}), metrics=(m,), systems=("A1",), claims=("0.4",), hardware={"cpu": "c"})
-    text = results_page([r, r.replace(systems=())], [Page("experiments/e1.ipynb", "Why?")])
+    text = results_page([r, r.replace(spec=ExperimentSpec("e2", {}), systems=())], [Page("experiments/e1.ipynb", "Why?")])
     assert "0.5 [0.4, 0.6] eV" in text and "net \\| forest" in text and text.index("## A1") > 0
+    again = r.replace(spec=ExperimentSpec("e1", {"seed": 1}), metrics=(m.replace(value=0.7),))
+    assert "0.6 ± 0.14 eV (2 runs)" in results_page([r.replace(spec=ExperimentSpec("e1", {"seed": 0})), again])
 
 
 def test_missing_extra_says_what_to_install(tmp_path, monkeypatch):

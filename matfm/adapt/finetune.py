@@ -39,14 +39,14 @@ __all__ = ['MODEL_FIELDS', 'FinetuneSpec', 'Labelled', 'label', 'predict_items',
            'plot_history', 'model_html', 'fit_labelled', 'finetune', 'Ensemble', 'finetune_ensemble', 'save_ensemble',
            'load_ensemble']
 
-# %% ../../nbs/adapt/60_finetune.ipynb #9ad5923d
+# %% ../../nbs/adapt/60_finetune.ipynb #1eea984c
 @dataclass(frozen=True)
 class FinetuneSpec(Spec):
     "How to fine-tune. The defaults are meant for a few hundred to a few thousand labels."
     strategy: str = "full"      # "full": encoder and heads; "frozen": heads on fixed embeddings
     epochs: int = 60            # at most
-    lr: float = 1e-4            # of the encoder's top layer
-    head_lr: float = 3e-4       # of the heads
+    lr: float = 3e-4            # of the encoder's top layer
+    head_lr: float = 1e-3       # of the heads
     batch_size: int = 32
     patience: int = 10          # epochs without a better validation loss before stopping
     dropout: float = 0.1        # in the heads, and in the encoder if it is trained
@@ -229,7 +229,7 @@ def validate(
     errors = {o.name: (logloss if o.kind == "binary" else mae)(data.y[:, t], pred[:, t]) for t, o in enumerate(predictor.task.outputs)}
     return {"valid_loss": float(total), **errors}
 
-# %% ../../nbs/adapt/60_finetune.ipynb #b39558ef
+# %% ../../nbs/adapt/60_finetune.ipynb #8aeaf5fc
 @functools.cache
 def finetune_module() -> type:
     "The LightningModule of fine-tuning."
@@ -247,7 +247,7 @@ def finetune_module() -> type:
             self.sums = [0.0, 0.0]
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.AdamW(rate_groups(self.predictor, self.spec), betas=(0.9, 0.98))
+            return torch.optim.AdamW(rate_groups(self.predictor, self.spec), betas=(0.9, 0.98), fused=self.spec.precision != "16-mixed")
 
         def train_dataloader(self) -> Loader:
             start, d = self.current_epoch * self.plan.steps_per_epoch, self.train_data

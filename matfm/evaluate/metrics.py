@@ -304,16 +304,16 @@ def axes(
     if title: ax.set_title(title, loc="left", fontsize="medium")
     return ax
 
-# %% ../../nbs/evaluate/40_metrics.ipynb #a4db5dc4
+# %% ../../nbs/evaluate/40_metrics.ipynb #e6c0f7c3
 def parity(
-    y: ArrayLike,     # measured, [n]
+    y: ArrayLike,     # measured, or computed by the method that is learned, [n]
     pred: ArrayLike,  # predicted, [n]
     lower: ArrayLike | None = None, upper: ArrayLike | None = None,  # prediction interval, [n] each
     unit: str = "", name: str = "", ax: Axes | None = None,
 ) -> Axes:
-    "Predicted against measured, with error bars where an interval is given, and MAE and R² in the corner."
+    "Predicted against reference values, with error bars where an interval is given, and MAE and R² in the corner."
     a, p = np.asarray(y, float), np.asarray(pred, float)
-    ax = axes(ax, with_unit(f"measured {name}".strip(), unit), with_unit(f"predicted {name}".strip(), unit))
+    ax = axes(ax, with_unit(f"reference {name}".strip(), unit), with_unit(f"predicted {name}".strip(), unit))
     if lower is not None and upper is not None:
         ax.vlines(a, np.asarray(lower, float), np.asarray(upper, float), color=COLOURS["sky"], linewidth=0.8, alpha=0.5)
     ax.scatter(a, p, s=12, color=COLOURS["blue"], alpha=0.7, linewidth=0)

@@ -1,0 +1,30 @@
+"""Every experiment runs at smoke size and saves a result with everything that a result needs."""
+import pytest
+
+from matfm.run.runner import experiments, run
+
+SMOKE = {
+    "e00_quickstart": dict(n_molecules=40, n_crystals=40, n_test=40, epochs=1, ensemble=2),
+    "e01_pretrain_molecules": dict(limit=200, valid=40, steps=6),
+    "e02_pretrain_crystals": dict(limit=60, steps=6),
+    "e03_make_molecules": dict(n_molecules=200, n_labels=2, check=2),
+    "e04_make_crystals": dict(limit=2),
+    "e11_embedded_data": dict(sample=300),
+    "e30_finetune_molecules": dict(limit=100, epochs=1),
+    "e31_finetune_crystals": dict(n_train=50, n_test=50, epochs=1),
+}
+
+
+def test_every_experiment_has_a_smoke_case():
+    assert set(SMOKE) == set(experiments())
+
+
+@pytest.mark.parametrize("name", sorted(SMOKE))
+def test_experiment_runs_at_smoke_size(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("MATFM_RUN_STORE", str(tmp_path))
+    monkeypatch.setenv("MATFM_TRAIN_THREADS", "1")
+    result = run(name, SMOKE[name], progress=False)
+    assert result.status == "ok" and result.metrics and result.data and result.versions and result.hardware, result
+    assert all(m.value is not None or m.tags.get("reason") for m in result.metrics)
+    (report,) = tmp_path.rglob("report.html")
+    assert "data:image/png" in report.read_text()
