@@ -215,7 +215,8 @@ def test_ctrl_c_leaves_nothing_half_done(space, shell, jobs, seeds):
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process of the group
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
-    assert "Traceback" not in err and "interrupted" in err
+    assert "interrupted" in err.strip().splitlines()[-1], err
+    if jobs == 1: assert "Traceback" not in err  # Dask's worker processes may still print theirs
     assert runner.read_status(folder).state == "interrupted" and not runner.is_done(folder)
     assert not (folder / "running.ipynb").exists() and not [f for f in folder.iterdir() if f.name.endswith(".part")]
     for f in folder.glob("*.ipynb"): nbformat.validate(nbformat.read(f, 4))
