@@ -16,5 +16,6 @@ def test_page_runs(page):
     path = NBS / page
     notebook = nbformat.read(path, 4)
     notebook.cells = [c for c in notebook.cells if c.cell_type == "code" and not LEFT_OUT.search(c.source)]
-    assert notebook.cells
+    if not notebook.cells:
+        pytest.skip("prose only")
     NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
