@@ -14,7 +14,7 @@ SKIP = {".ipynb_checkpoints", "_proc"}
 ALL = sorted(p for p in NBS.rglob("*.ipynb") if not SKIP & set(p.parts))
 EXPORT = re.compile(r"^#\s*\|\s*exports?i?\b", re.M)
 CHECKS = re.compile(r"\bassert\b|pytest\.(?:raises|warns)|\bassert_\w+\(|\btest_(?:eq|close|fail|is|ne)\b|expect_fail")
-MACHINE = re.compile(r"/work/main\b|/home/\w+/|/root/\w+|/Users/\w+|[A-Z]:\\\\?Users")
+MACHINE = re.compile(r"/home/\w+/|/root/\w+|/Users/\w+|[A-Z]:\\\\?Users")
 LEFTOVERS = re.compile(r"\b(?:TODO|FIXME|XXX)\b")
 
 
