@@ -229,7 +229,7 @@ def validate(
     errors = {o.name: (logloss if o.kind == "binary" else mae)(data.y[:, t], pred[:, t]) for t, o in enumerate(predictor.task.outputs)}
     return {"valid_loss": float(total), **errors}
 
-# %% ../../nbs/adapt/60_finetune.ipynb #8aeaf5fc
+# %% ../../nbs/adapt/60_finetune.ipynb #ce71aed3
 @functools.cache
 def finetune_module() -> type:
     "The LightningModule of fine-tuning."
@@ -247,7 +247,7 @@ def finetune_module() -> type:
             self.sums = [0.0, 0.0]
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.AdamW(rate_groups(self.predictor, self.spec), betas=(0.9, 0.98), fused=self.spec.precision != "16-mixed")
+            return torch.optim.AdamW(rate_groups(self.predictor, self.spec), betas=(0.9, 0.98), fused=self.spec.precision == "32-true")
 
         def train_dataloader(self) -> Loader:
             start, d = self.current_epoch * self.plan.steps_per_epoch, self.train_data

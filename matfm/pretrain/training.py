@@ -152,7 +152,7 @@ def as_floats(
     "All values in one transfer from the device."
     return dict(zip(losses, torch.stack([v.detach().float() for v in losses.values()]).tolist(), strict=True))
 
-# %% ../../nbs/pretrain/56_training.ipynb #bd991c8e
+# %% ../../nbs/pretrain/56_training.ipynb #ec7f8423
 class PretrainModule(L.LightningModule):
     "Encoder and objective under Lightning; knows nothing of devices, files or ranks."
     def __init__(self, encoder: nn.Module, objective: nn.Module, spec: PretrainSpec):
@@ -166,7 +166,7 @@ class PretrainModule(L.LightningModule):
         return self.first + self.global_step
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        fused = self.spec.precision != "16-mixed"  # Lightning does not clip gradients that a fused optimizer scales itself
+        fused = self.spec.precision == "32-true"  # in mixed precision Lightning refuses to clip what a fused optimizer steps
         return torch.optim.AdamW(parameter_groups(self, self.spec.weight_decay), lr=self.spec.lr, betas=(0.9, 0.98), fused=fused)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
