@@ -259,8 +259,10 @@ def test_embedded_sets(tmp_path):
 @pytest.mark.parametrize("name", ["matfm_molecules", "matfm_molecules_unlabelled", "matfm_crystals"])
 def test_the_checkouts_own_sets(name, root):
     if not (root / source(name).file).is_file(): pytest.skip(f"{source(name).file} is not in this checkout")
-    r = load(name, limit=50)
-    assert len(r) == 50 and r.domain == source(name).domain and len(r.structures()) == 50
+    entry, r = source(name), load(name)
+    assert (len(r), r.domain, r.targets, r.licence, r.citation) == (entry.rows, entry.domain, entry.targets, entry.licence, entry.citation)
+    assert set(r.frame[entry.split]) == {"train", "valid", "test"}
+    assert len(load(name, limit=50).structures()) == 50
 
 
 # -- the real thing --

@@ -20,7 +20,7 @@ import polars as pl
 # %% auto #0
 __all__ = ['MOLECULES', 'TARGETS', 'STIFFEST', 'molecular_crystals', 'elemental_forms', 'elemental_jobs', 'Reference',
            'references', 'formation_energies', 'best_mixture', 'competitors', 'above_hull', 'refused', 'target_table',
-           'labelled', 'save_references', 'load_references', 'save_set']
+           'repeats', 'labelled', 'save_references', 'load_references', 'save_set']
 
 # %% ../../nbs/potentials/74_stability.ipynb #1aaca8d2
 from ..core import BadInput, Spec, pick, sha256_file
@@ -166,7 +166,22 @@ def target_table(
                "volume_per_atom": [c.volume / len(c) for c in made], "bulk_modulus": [r["B0"] for r in good]}
     return {k: np.round(np.asarray(v, float), 2 if k == "bulk_modulus" else 5).tolist() for k, v in columns.items()}
 
-# %% ../../nbs/potentials/74_stability.ipynb #3d17c268
+# %% ../../nbs/potentials/74_stability.ipynb #473b4d4d
+def repeats(
+    records: Records,      # with a column `prototype`
+) -> dict[int, int]:       # row → the earlier row with the same structure
+    "Rows that share formula and prototype with an earlier one and are the same structure (pymatgen's `StructureMatcher`)."
+    from pymatgen.analysis.structure_matcher import StructureMatcher
+    same, structures, groups, out = StructureMatcher().fit, records.structures(), {}, {}
+    for k, key in enumerate(records.frame.select("formula", "prototype").rows()): groups.setdefault(key, []).append(k)
+    for rows in (g for g in groups.values() if len(g) > 1):
+        made = {k: structures[k].to_pymatgen() for k in rows}
+        for k in rows[1:]:
+            first = next((j for j in rows[:rows.index(k)] if j not in out and same(made[j], made[k])), None)
+            if first is not None: out[k] = first
+    return out
+
+# %% ../../nbs/potentials/74_stability.ipynb #8f895a00
 def labelled(
     rows: Sequence[Mapping[str, Any]],      # from `relax_all`
     decorations: Sequence[Decoration],      # at least those of the rows
@@ -184,7 +199,10 @@ def labelled(
                "plausible": [d.plausible for d in ds], "chemical_system": [d.chemical_system for d in ds], "split": [split_of(d.chemical_system) for d in ds],
                "energy_per_atom": np.round([r["energy"] / len(r["numbers"]) for r in good], 6), "bulk_modulus_derivative": np.round([r["B1"] for r in good], 3),
                "eos_rms": np.round([r["rms"] / len(r["numbers"]) for r in good], 6), "relax_steps": [r["steps"] for r in good]}
-    return records.with_columns(columns), bad + unread
+    records = records.with_columns(columns)
+    twice, place = repeats(records), {r["id"]: k for k, r in enumerate(rows)}
+    aside = Rejected([(records.ids[k], place[records.ids[k]], records.ids[k], f"the same structure as {records.ids[j]}, decorated from the other side") for k, j in twice.items()])
+    return records.take([k for k in range(len(records)) if k not in twice]), bad + unread + aside
 
 # %% ../../nbs/potentials/74_stability.ipynb #1310a839
 def save_references(
