@@ -1,5 +1,6 @@
 "The runner: typed parameters, skipping, resuming, failing, stopping; on tiny notebooks made here."
 import base64
+import errno
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import sys
 import time
 
 import nbformat
+import psutil
 import pytest
 from hypothesis import given, strategies as st
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
@@ -72,6 +74,11 @@ def wait_for(condition, seconds=240.0):
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.1)
+
+
+def assert_gone(family, seconds=30.0):
+    "Not one of these processes is left."
+    assert not (left := psutil.wait_procs(family, timeout=seconds)[1]), left
 
 
 # --- parameters -------------------------------------------------------------------------------------------------------
@@ -165,7 +172,9 @@ def test_a_run_in_progress_is_not_started_twice(space, monkeypatch):
 
 BLOCK = """
 (rec.work / "checkpoint").touch() if not (before := (rec.work / "checkpoint").exists()) else None
-while seed == 2 and not Path("go").exists(): time.sleep(0.1)
+try:
+    while seed == 2 and not Path("go").exists(): time.sleep(0.1)
+finally: (rec.work / "finally").touch()
 rec.table("resumed", [{"before": before}])
 """
 
@@ -178,9 +187,11 @@ def test_a_sweep_killed_outright_goes_on_where_it_was(space, shell):
     last = folder_of(space, seed=2)
     wait_for(lambda: all(runner.is_done(f) for f in done) and (last / "work" / "checkpoint").exists())
     assert runner.is_alive(last)
+    family = psutil.Process(first.pid).children(recursive=True)  # workers and kernels
     first.send_signal(signal.SIGKILL)
     first.communicate()
     wait_for(lambda: not runner.is_alive(last))
+    assert_gone(family)
     assert [row["state"] for row in runner.list_runs() if row["run"] == last.name] == ["cut off"]
     (space / "nbs/experiments/go").touch()
     second = shell(*command)
@@ -188,6 +199,7 @@ def test_a_sweep_killed_outright_goes_on_where_it_was(space, shell):
     assert second.returncode == 0, err
     assert started(space) == [0, 1, 2, 2] and "3 of 3 runs are done" in out and err.count("is done") == 2
     assert Result.load(last).tables["resumed"] == [{"before": True}]
+    assert {f.name for f in last.iterdir()} == {"kernel.log", "notebook.ipynb", "report.html", "result.json", "status.json", "work"}
 
 
 @pytest.mark.slow
@@ -212,14 +224,37 @@ def test_ctrl_c_leaves_nothing_half_done(space, shell, jobs, seeds):
     process = shell("run", "e01_toy", "-p", f"seed={seeds}", "--jobs", str(jobs))
     folder = folder_of(space, seed=2)
     wait_for(lambda: (folder / "work" / "checkpoint").exists())
+    family = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process of the group
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     assert "interrupted" in err.strip().splitlines()[-1], err
-    if jobs == 1: assert "Traceback" not in err  # Dask's worker processes may still print theirs
+    assert "Traceback" not in err and "Error" not in err, err
+    assert (folder / "work" / "finally").exists(), "the cell's own clean-up ran"
     assert runner.read_status(folder).state == "interrupted" and not runner.is_done(folder)
-    assert not (folder / "running.ipynb").exists() and not [f for f in folder.iterdir() if f.name.endswith(".part")]
+    assert_gone(family)
+    assert {f.name for f in folder.iterdir()} <= {"kernel.log", "notebook.ipynb", "result.json", "status.json", "work"}
     for f in folder.glob("*.ipynb"): nbformat.validate(nbformat.read(f, 4))
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="a console of Windows has no signal masks")
+def test_ctrl_c_waits_while_workers_are_born():
+    born = None
+    with pytest.raises(KeyboardInterrupt), runner._ctrl_c_held(), runner._born_deaf():
+        os.kill(os.getpid(), signal.SIGINT)
+        code = "import signal; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))"
+        born = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+    assert born.strip() == "True" and signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_a_disk_that_is_full_at_the_end_costs_one_line_and_no_work(space, monkeypatch):
+    experiment(space, BLOCK)
+    def full(*_): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with monkeypatch.context() as patch:
+        patch.setattr(Result, "save", full)
+        with pytest.raises(runner.CannotSave, match="No space left on device.*unharmed"): runner.run("e01_toy", progress=False)
+    assert [row["state"] for row in runner.list_runs()] == ["cut off"]
+    assert runner.run("e01_toy", progress=False).tables["resumed"] == [{"before": True}]
 
 
 def test_threads_are_shared_fairly(monkeypatch):
