@@ -205,14 +205,16 @@ class Spec:
         "A copy with some fields changed (and checked again)."
         return dataclasses.replace(self, **changes)  # type: ignore[type-var]
 
-# %% ../nbs/00_core.ipynb #0fb686ed
+# %% ../nbs/00_core.ipynb #f33d682f
 BATCH_KEYS: dict[str, str] = {
     "tokens": "[B, L] int64, token ids, padded",
     "mask": "[B, L] bool, True where a token is real",
     "atoms": "[N, F] int64, categorical atom features of molecules",
     "bonds": "[E, G] int64, categorical bond features",
-    "numbers": "[N] int64, atomic numbers of a crystal's sites",
+    "numbers": "[N] int64, atomic numbers of atoms or sites",
     "frac": "[N, 3] float32, fractional coordinates",
+    "positions": "[N, 3] float32, Cartesian coordinates, Å",
+    "energy": "[B] float32, force-field energy of a conformer, kcal/mol",
     "lattice": "[B, 3, 3] float32, lattice vectors as rows, Å",
     "edge_index": "[2, E] int64, row 0 source (neighbour) j, row 1 target (centre) i; N counts over the batch",
     "image": "[E, 3] int64, periodic image of the neighbour",

@@ -74,6 +74,11 @@ REPRESENTATIONS: dict[str, Callable[[Any], Any]] = {
     "ecfp": lambda cls: cls(bits=64),
     "rdkit_descriptors": lambda cls: cls(),
     "composition_stats": lambda cls: cls(),
+    "fingerprint": lambda cls: cls(bits=64),
+    "concat": lambda cls: cls(),
+    "topological_indices": lambda cls: cls(),
+    "molecule_3d": lambda cls: cls(count=1),
+    "descriptors_3d": lambda cls: cls(),
 }
 ENCODERS: dict[str, tuple[dict[str, Any], Callable[[Any], Any] | None]] = {  # configuration; the same record in another order
     "transformer": (dict(width=24, depth=2, heads=2), None),
@@ -99,6 +104,9 @@ SPLITTERS: dict[str, tuple[str, ...]] = {  # records
     "random": ("molecule", "crystal", "composition"),
     "scaffold": ("rings",),
     "composition": ("crystal", "composition"),
+    "stratified": ("molecule", "crystal", "composition"),
+    "time": ("molecule", "crystal", "composition"),
+    "butina": ("rings",),
 }
 POTENTIALS: dict[str, dict[str, Any]] = {  # how exact: CHGNet computes in single precision
     "chgnet": dict(step=1e-2, tolerance=3e-2),

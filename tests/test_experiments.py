@@ -10,6 +10,9 @@ SMOKE = {
     "e03_make_molecules": dict(n_molecules=200, n_labels=2, check=2),
     "e04_make_crystals": dict(limit=2),
     "e11_embedded_data": dict(sample=300),
+    "e12_redundancy": dict(limit=300, trees=5, molecules=300),
+    "e13_ood": dict(limit=80, criteria="chemsys+group", outer=2, epochs=1, trees=10),
+    "e16_corpora": dict(limit=400, rows_per_shard=100, batches=10, train_steps=1),
     "e30_finetune_molecules": dict(limit=100, epochs=1),
     "e31_finetune_crystals": dict(n_train=50, n_test=50, epochs=1),
 }

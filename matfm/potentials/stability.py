@@ -166,13 +166,14 @@ def target_table(
                "volume_per_atom": [c.volume / len(c) for c in made], "bulk_modulus": [r["B0"] for r in good]}
     return {k: np.round(np.asarray(v, float), 2 if k == "bulk_modulus" else 5).tolist() for k, v in columns.items()}
 
-# %% ../../nbs/potentials/74_stability.ipynb #473b4d4d
+# %% ../../nbs/potentials/74_stability.ipynb #fd9c2213
 def repeats(
     records: Records,      # with a column `prototype`
 ) -> dict[int, int]:       # row → the earlier row with the same structure
     "Rows that share formula and prototype with an earlier one and are the same structure (pymatgen's `StructureMatcher`)."
     from pymatgen.analysis.structure_matcher import StructureMatcher
-    same, structures, groups, out = StructureMatcher().fit, records.structures(), {}, {}
+    same, structures, out = StructureMatcher().fit, records.structures(), dict[int, int]()
+    groups: dict[tuple[Any, ...], list[int]] = {}
     for k, key in enumerate(records.frame.select("formula", "prototype").rows()): groups.setdefault(key, []).append(k)
     for rows in (g for g in groups.values() if len(g) > 1):
         made = {k: structures[k].to_pymatgen() for k in rows}
