@@ -142,7 +142,7 @@ def made(encoder: str, **more: Any) -> tuple[Any, Any, Records]:
 @pytest.mark.parametrize("kind", sorted(TABLES))
 def test_every_name_has_a_case(kind):
     assert set(registries()) == set(TABLES), "a registry without a table of cases"
-    missing = [n for n in registries()[kind].names() if n not in TABLES[kind]]
+    missing = [n for n in registries()[kind].names() if n not in TABLES[kind] and not n.startswith("test_")]  # other tests register examples
     assert not missing, f"no case for the {kind} {', '.join(missing)}"
     offered = {e.name for e in entry_points(group=f"matfm.{kind}")}
     decorator = re.compile(rf'^@{kind}s\.register\("(\w+)"\)', re.M)
