@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from matfm.core import BadInput, MissingExtra, Potential, sha256_file
-from matfm.data.prototypes import ELEMENTAL, ELEMENTS, PROTOTYPES, decorations, place, prototype, split_of
+from matfm.recipes.prototypes import ELEMENTAL, ELEMENTS, PROTOTYPES, decorations, place, prototype, split_of
 from matfm.data.records import Crystal, Records
 from matfm.potentials.potential import GPA, CHGNet, LennardJones
 from matfm.potentials.relax import EOS, Job, NotRelaxed, at_volume, equation_of_state, find_volume, relax_all, relax_cell, relax_volume, symmetry

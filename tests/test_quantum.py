@@ -8,7 +8,7 @@ import pytest
 from rdkit import Chem
 
 from matfm.core import BadInput, sha256_file
-from matfm.data.enumerate import enumerate_molecules, families, fixed_split, join, objection, open_bonds, split_group
+from matfm.recipes.enumerate import enumerate_molecules, families, fixed_split, join, objection, open_bonds, split_group
 from matfm.data.records import Records, molecules
 
 SHIPPED = ["homo", "lumo", "gap", "dipole", "atomisation_energy", "solvation_energy"]
@@ -17,7 +17,7 @@ SHIPPED = ["homo", "lumo", "gap", "dipole", "atomisation_energy", "solvation_ene
 @pytest.fixture(scope="module")
 def quantum():
     pytest.importorskip("tblite.interface", reason="tblite is not installed")
-    from matfm.data import quantum
+    from matfm.recipes import quantum
     return quantum
 
 

@@ -103,11 +103,12 @@ def house(
 FLOORS: dict[str, tuple[str, str]] = {
     "": ("Ground floor", "Errors, units, names, settings and the checks that everything registered must pass."),
     "run": ("Results and runs", "What was asked, what came out, and how to run it again."),
-    "data": ("Data", "Records, sources, splits, batches, and sets that matfm made itself."),
+    "data": ("Data", "Records, sources, curation, splits, batches, mixtures, files and public services."),
     "represent": ("Representations", "From a record to tensors: tokens, graphs, descriptors."),
     "models": ("Models", "Encoders and heads, each a plain torch module."),
     "evaluate": ("Evaluation", "Metrics with intervals, uncertainty, and the cheap baselines that come first."),
     "pretrain": ("Pretraining", "Objectives that need no labels, and one training loop for all of them."),
+    "recipes": ("Recipes", "How the data sets that come with matfm are made."),
     "adapt": ("Adaptation", "From a pretrained encoder and a few hundred labels to a model with honest intervals."),
     "potentials": ("Potentials", "Energies, forces, relaxation and stability."),
     "app": ("The roof", "Command line and website."),

@@ -24,7 +24,7 @@ __all__ = ['MOLECULES', 'TARGETS', 'STIFFEST', 'molecular_crystals', 'elemental_
 
 # %% ../../nbs/potentials/74_stability.ipynb #1aaca8d2
 from ..core import BadInput, Spec, pick, sha256_file
-from ..data.prototypes import ELEMENTAL, ELEMENTS, RARE_EARTH, Decoration, place, prototype, split_of
+from ..recipes.prototypes import ELEMENTAL, ELEMENTS, RARE_EARTH, Decoration, place, prototype, split_of
 from ..data.records import Crystal, Records, Rejected, crystals
 from .relax import Job
 from ..run.results import load_json, save_json
