@@ -1,7 +1,12 @@
 """Every experiment runs at smoke size and saves a result with everything that a result needs."""
+import json
+import re
+
 import pytest
 
 from matfm.run.runner import experiments, run
+
+PICTURE = re.compile(r'<img[^>]+src="data:image/png')
 
 SMOKE = {
     "e00_quickstart": dict(n_molecules=40, n_crystals=40, n_test=40, epochs=1, ensemble=2),
@@ -22,6 +27,12 @@ def test_every_experiment_has_a_smoke_case():
     assert set(SMOKE) == set(experiments())
 
 
+def pictures(name):
+    "How many pictures the experiment's notebook was saved with."
+    cells = json.loads(experiments()[name].read_text(encoding="utf-8"))["cells"]
+    return sum("image/png" in o.get("data", {}) for c in cells for o in c.get("outputs", []))
+
+
 @pytest.mark.parametrize("name", sorted(SMOKE))
 def test_experiment_runs_at_smoke_size(name, tmp_path, monkeypatch):
     monkeypatch.setenv("MATFM_RUN_STORE", str(tmp_path))
@@ -30,4 +41,5 @@ def test_experiment_runs_at_smoke_size(name, tmp_path, monkeypatch):
     assert result.status == "ok" and result.metrics and result.data and result.versions and result.hardware, result
     assert all(m.value is not None or m.tags.get("reason") for m in result.metrics)
     (report,) = tmp_path.rglob("report.html")
-    assert "data:image/png" in report.read_text()
+    drawn, wanted = len(PICTURE.findall(report.read_text())), pictures(name)
+    assert drawn >= wanted > 0, f"{drawn} pictures in the report, the notebook was saved with {wanted}"

@@ -405,7 +405,8 @@ def _claimed(folder: Path, status: Status, force: bool) -> Iterator[None]:
 def _environment(folder: Path, settings: Settings, threads: int) -> dict[str, str]:
     "What the kernel gets to know: its folder, our settings file, its share of the cores."
     file = os.environ.get("MATFM_SETTINGS") or str(Path(settings.root) / "settings.ini")
-    own = {"MATFM_RUN_DIR": str(folder), **({"MATFM_SETTINGS": str(Path(file).absolute())} if Path(file).is_file() else {})}
+    own = {"MATFM_RUN_DIR": str(folder), "MPLBACKEND": "module://matplotlib_inline.backend_inline",  # pictures go into the notebook, whatever the shell says
+           **({"MATFM_SETTINGS": str(Path(file).absolute())} if Path(file).is_file() else {})}
     return {**os.environ, **own, **{k: str(threads) for k in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}}
 
 def fair_threads(settings: Settings, jobs: int = 1) -> int:
