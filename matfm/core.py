@@ -240,7 +240,7 @@ Batch = dict[str, Any]  # several records as tensors, keys as in `BATCH_KEYS`
 @runtime_checkable
 class Representation(Protocol):
     "Record → item → batch. Pure: the same record always gives the same item. Implementations are frozen `Spec`s."
-    domain: ClassVar[str]  # "molecule", "crystal" or "composition"
+    domain: ClassVar[str]  # what it reads, e.g. "molecule" (the domains of `data.records.STRUCTURE`)
     def __call__(self, record: Any) -> Item: ...        # raises BadInput with the reason
     def collate(self, items: Sequence[Item]) -> Batch: ...
     def size(self, item: Item) -> int: ...              # cost of an item (tokens or atoms), for bucketing

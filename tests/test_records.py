@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from matfm.core import BadInput, TooManyRejected, UnknownName
-from matfm.data.records import (Crystal, Records, Rejected, compositions, crystals, find_structure, formula_html, from_frame, molecules, parse_crystal,
-                                parse_formula, parse_smiles, parse_structures, read_frame, read_table, reduced_formula)
+from matfm.data.records import (Atoms, Crystal, Mixture, Records, Rejected, compositions, crystals, find_structure, formula_html, frame_digest, from_frame, from_values,
+                                hill_formula, mixture_key, molecules, parse_crystal, parse_formula, parse_reaction, parse_smiles, parse_structures, read_frame, read_table,
+                                reduced_formula)
 
 QUICK = settings(max_examples=60, deadline=None)
 SALT = Crystal(np.array([[0, 2.8, 2.8], [2.8, 0, 2.8], [2.8, 2.8, 0]]), np.array([11, 17]), np.array([[0, 0, 0], [.5, .5, .5]]))
@@ -19,6 +20,13 @@ def partition(records, rejected, n):
     assert len(records) + len(rejected) == n
     assert sorted(rejected.frame["row"].to_list()) == sorted(set(rejected.frame["row"].to_list()))
     assert all(rejected.frame["reason"].str.len_chars() > 0)
+
+
+LIQUIDS = from_values([Mixture(("CCO", "O"), (0.4, 0.6), ("solvent", "solvent")), Mixture(("O", "[Na+].[Cl-]"), (1, None))], "mixture", {"y": [1, 2]}, {"y": "mS/cm"},
+                      name="liquids", basis="mole")[0].with_columns({"T": [298.0, None]}, conditions={"T": "K"})
+REACTIONS = from_values(["CO.CC(=O)O>[H+]>COC(C)=O"], "reaction", name="esters")[0]
+SNAPSHOTS = from_values([Atoms([8, 1], [[0, 0, 0], [0, 0, 1]]), Atoms([6], [[0, 0, 0]], np.eye(3) * 3)], "atoms", {"energy": [-1, -2]}, {"energy": "eV"})[0]
+TABLE = from_frame(pl.DataFrame({"x": [1, 2], "words": [["a", "b"], []], "nested": [[{"k": "v"}], None], "y": [0.5, None]}), None, "table", {"y": "eV"}, name="wells")[0]
 
 
 # -- parsers never crash --
@@ -43,7 +51,7 @@ def test_any_text_as_structure(values):
 
 @pytest.mark.parametrize("value", [3.5, 7, True, b"CCO", ["CCO"], {"smiles": "C"}, float("nan")])
 def test_other_objects_are_rejected(value):
-    for domain in ("molecule", "crystal", "composition"):
+    for domain in ("molecule", "crystal", "composition", "mixture", "reaction", "atoms"):
         assert isinstance(parse_structures([value], domain)[0], str)
 
 
@@ -186,12 +194,27 @@ def test_digest_sees_everything():
 
 
 @pytest.mark.parametrize("records", [molecules(["CCO", "CCN"], {"y": [1, None], "z": [1, 2]}, {"z": "eV"}, name="m")[0], crystals([SALT, SALT], name="c")[0],
-                                     compositions(["NaCl"], {"y": [1]})[0]], ids=["molecule", "crystal", "composition"])
+                                     compositions(["NaCl"], {"y": [1]})[0], LIQUIDS, REACTIONS, SNAPSHOTS, TABLE],
+                         ids=["molecule", "crystal", "composition", "mixture", "reaction", "atoms", "table"])
 def test_save_and_load(records, tmp_path):
     again = Records.load(records.save(tmp_path / "r.parquet"))
     assert again.frame.equals(records.frame) and again.digest == records.digest
-    assert (again.name, again.targets, again.domain, again.canonical) == (records.name, records.targets, records.domain, records.canonical)
+    for k in ("name", "targets", "domain", "canonical", "conditions", "basis"): assert getattr(again, k) == getattr(records, k)
+    assert list(again.targets) == list(records.targets)
+    if records.domain not in ("table", "crystal", "atoms"): assert again.structures() == records.structures()
     assert "<table" in records._repr_html_() and str(len(records)) in repr(records)
+
+
+def test_targets_keep_their_order(tmp_path):
+    r = molecules(["C"], {"z": [1], "a": [2]}, {"z": "eV"})[0]
+    assert list(Records.load(r.save(tmp_path / "r.parquet")).targets) == ["z", "a"] and Records.load(tmp_path / "r.parquet").y().tolist() == [[1, 2]]
+
+
+def test_representations_refuse_other_domains():
+    from types import SimpleNamespace
+    from matfm.data.loading import check_domain
+    for r in (LIQUIDS, REACTIONS, SNAPSHOTS, TABLE):
+        with pytest.raises(BadInput, match=f"reads molecule records, these are {r.domain} records"): check_domain(SimpleNamespace(domain="molecule"), r)
 
 
 def test_load_refuses_other_files(tmp_path):
@@ -271,3 +294,111 @@ def test_rejected_adds_and_saves(tmp_path):
     r = Rejected([("a", 0, "x" * 500, "bad: 1")]) + Rejected([("b", 1, "y", "bad: 2")])
     assert r.reasons() == {"bad": 2} and len(r.frame["value"][0]) == 120
     assert read_frame(r.save(tmp_path / "r.csv")).height == 2
+
+
+# -- mixtures, reactions, configurations, tables --
+
+PARTS = st.lists(st.tuples(st.sampled_from(["O", "CCO", "c1ccccc1"]), st.one_of(st.none(), st.integers(1, 9)), st.sampled_from(["", "salt"])), min_size=1, max_size=6)
+
+
+@QUICK
+@given(PARTS, st.randoms(use_true_random=False))
+def test_order_of_parts_means_nothing(parts, random):
+    other = random.sample(parts, len(parts))
+    a, b = (Mixture(*zip(*p, strict=True)) for p in (parts, other))
+    assert a.key == b.key == mixture_key(a) and len(a) == len(parts)
+    more = Mixture(*zip(*parts, ("O", 20, "salt"), strict=True))
+    assert more.key != a.key
+
+
+@QUICK
+@given(st.dictionaries(st.sampled_from(["components", "fractions", "roles", "numbers", "positions", "lattice"]), st.lists(st.one_of(TEXT, st.floats(), st.integers(-2, 200)), max_size=4), max_size=6))
+def test_any_mapping_as_structure(value):
+    for domain in ("mixture", "atoms", "crystal"): partition(*from_values([value, None], domain), 2)
+
+
+@QUICK
+@given(st.lists(st.one_of(TEXT, st.text(alphabet="CNO>.-[]:1", max_size=20)), max_size=6))
+def test_any_text_as_reaction(values): partition(*from_values(values, "reaction"), len(values))
+
+
+@pytest.mark.parametrize("text, wanted", [("OCC.OC(C)=O>>O", "CC(=O)O.CCO>>O"), ("[CH3:7][OH:2]>>[OH:2][CH3:7]", "[OH:2][CH3:7]>>[OH:2][CH3:7]"), ("N->[Pd]>>N", "[NH3]->[Pd]>>N"), ("C1.C1>>CC", "CC>>CC")])
+def test_reaction_forms(text, wanted):
+    assert parse_reaction(text) == (wanted,) == parse_reaction(wanted)
+
+
+@pytest.mark.parametrize("domain, value, reason", [
+    ("mixture", {"components": []}, "without components"), ("mixture", {"components": ["O", "CCO"], "fractions": [1.0]}, "2 components but 1 fractions"),
+    ("mixture", {"components": ["O"], "fractions": [-0.5]}, "finite and ≥ 0"), ("mixture", {"components": ["O"], "fractions": ["half"]}, "must be numbers"), ("mixture", {"components": ["O"], "fractions": [0]}, "every fraction is 0"),
+    ("mixture", {"components": ["C1CC"]}, "a component cannot be used: not a SMILES"), ("mixture", "CCO.O", "not a mixture: str"), ("mixture", None, "empty mixture"),
+    ("reaction", "CCO", "1 sides"), ("reaction", ">>CO", "without reactants"), ("reaction", "CO>>", "without product"), ("reaction", "CO>Q>C", "a side of the reaction"), ("reaction", " ", "empty reaction"),
+    ("atoms", {"numbers": [1], "positions": [0, 0]}, "positions cannot be read"), ("atoms", {"numbers": [0], "positions": [0, 0, 0]}, "between 1 and 118"), ("atoms", {"numbers": [], "positions": []}, "without atoms"),
+    ("atoms", {"numbers": [1], "positions": [0, 0, float("nan")]}, "NaN or infinity"), ("atoms", {"numbers": [1], "positions": [0, 0, 0], "lattice": [1, 2]}, "lattice cannot be read"), ("atoms", "H", "not a configuration: str")])
+def test_bad_structures_say_why(domain, value, reason):
+    r, bad = from_values([value], domain, {"y": [1]})
+    assert not len(r) and reason in bad.frame["reason"][0]
+
+
+def test_atoms_are_read_only_and_agree_with_ase():
+    import ase
+    cell = ase.Atoms("NaCl", [[0, 0, 0], [1, 1, 1]], cell=[3, 3, 3], pbc=[True, True, False])
+    a = from_values([cell], "atoms")[0].structures()[0]
+    assert a.formula == "ClNa" and a.lattice is not None and (a.to_ase().positions == cell.positions).all()
+    with pytest.raises(ValueError): a.positions[0, 0] = 1
+    assert from_values([ase.Atoms("H2", [[0, 0, 0], [0, 0, 1]], cell=[9, 9, 9], pbc=False)], "atoms")[0].structures()[0].lattice is None
+    assert hill_formula({"O": 1, "H": 4, "C": 1}) == "CH4O" and "periodic" in repr(a)
+
+
+def test_conditions_go_along():
+    assert LIQUIDS.take([1]).conditions == {"T": "K"} and LIQUIDS.take([1]).frame["T"].to_list() == [None]
+    plain = Records(LIQUIDS.frame, "mixture", LIQUIDS.targets)
+    assert len({LIQUIDS.digest, plain.digest, Records(LIQUIDS.frame, "mixture", LIQUIDS.targets, conditions={"T": "degC"}, basis="mole").digest,
+                Records(LIQUIDS.frame, "mixture", LIQUIDS.targets, conditions={"T": "K"}, basis="mass").digest}) == 4
+    assert "T [K]" in LIQUIDS._repr_html_() and "solvent" in LIQUIDS._repr_html_()
+    for bad, message in [({"conditions": {"S": "K"}}, "unknown condition"), ({"conditions": {"y": "mS/cm"}}, "a target and a condition"), ({"conditions": {"components": ""}}, "must be numeric"),
+                         ({"conditions": {"T": "Kx"}}, "unknown unit"), ({"basis": "weight"}, "unknown basis")]:
+        with pytest.raises(BadInput, match=message): Records(LIQUIDS.frame, "mixture", {"y": "mS/cm"}, **bad)
+    with pytest.raises(BadInput, match="no fractions"): Records(REACTIONS.frame, "reaction", basis="mole")
+
+
+def test_a_digest_without_conditions_is_what_it_was():
+    "Committed results name tables by it."
+    r, _ = molecules(["C", "CC"], {"y": [1.0, 2.0]}, {"y": "eV"})
+    assert r.digest == frame_digest(r.frame, ["molecule", {"y": "eV"}]) == "7e70ba673967"
+
+
+def test_digests_that_results_cite(root):
+    import json
+    from matfm.data.sources import load
+    cited = json.loads((root / "data/results/e11_embedded_data.json").read_text())["data"]
+    for name in ("matfm_molecules", "matfm_crystals"): assert load(name).digest == cited[name]
+
+
+def test_tables_keep_rows_without_a_label():
+    assert len(TABLE) == 2 and TABLE.targets == {"y": "eV"} and TABLE[0]["nested"] == [{"k": "v"}] and len(TABLE.digest) == 12
+    assert TABLE.digest != from_frame(TABLE.frame.with_columns(nested=pl.Series([[{"k": "w"}], None])), None, "table", {"y": "eV"})[0].digest
+    r, bad = from_frame(pl.DataFrame({"id": ["a", "a", None], "t": ["x", "y", "z"]}), None, "text")
+    assert r.ids == ["a"] and bad.frame["reason"].to_list() == ["duplicate id: first in row 0", "no id"] and "'y'" in bad.frame["value"][0]
+    for make in (lambda: TABLE.structures(), lambda: from_values(["x"], "text")):
+        with pytest.raises(BadInput, match="have no structures"): make()
+    with pytest.raises(UnknownName, match="structure column 'components'"): from_frame(pl.DataFrame({"x": [1]}), None, "mixture")
+
+
+def test_records_from_their_own_columns():
+    for r in (LIQUIDS, REACTIONS, SNAPSHOTS):
+        again, bad = from_frame(r.frame, None, r.domain, r.targets, conditions=r.conditions, basis=r.basis)
+        assert not len(bad) and again.frame.equals(r.frame.select(again.frame.columns)) and again.digest == r.digest
+
+
+def test_json_rows_and_arrays(tmp_path):
+    (tmp_path / "a.json").write_text('{"kinds": ["x"], "data": [{"text": "a", "spans": {"T1": [0, 1]}, "words": ["a"]}, {"text": "b", "spans": {}, "words": []}]}')
+    f = read_frame(tmp_path / "a.json")
+    assert f["text"].to_list() == ["a", "b"] and f["spans"][0] == '{"T1": [0, 1]}' and f["words"].to_list() == [["a"], []]
+    np.savez(tmp_path / "a.npz", y=np.arange(3.0), axis=np.arange(5), names=np.array(["u", "v"]), half=np.ones((3, 2), np.float16), some=np.ones((1, 2, 2)), some_row=np.array([2]))
+    f = read_frame(tmp_path / "a.npz")
+    assert f.height == 3 and f["axis"].to_list() == [[0, 1, 2, 3, 4]] * 3 and f["names"][2].to_list() == ["u", "v"] and f["some"].to_list() == [None, None, [[1, 1], [1, 1]]]
+    assert read_frame(tmp_path / "a.npz", 2).height == 2
+    np.savez(tmp_path / "o.npz", y=np.array([{}, None], dtype=object))
+    with pytest.raises(BadInput, match="cannot be read as npz"): read_frame(tmp_path / "o.npz")
+    (tmp_path / "a.extxyz").write_text("2\nno atoms follow\n")
+    with pytest.raises(BadInput, match="cannot be read as extxyz"): read_frame(tmp_path / "a.extxyz")

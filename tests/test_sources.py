@@ -8,13 +8,16 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import httpx
 import numpy as np
+import polars as pl
 import pytest
 
 from matfm.core import BadInput, ChecksumMismatch, DataUnavailable, TooManyRejected, sha256_file
 from matfm.data import sources
-from matfm.data.records import Crystal, check_target_unit, molecules
+from matfm.data.records import Atoms, Crystal, Mixture, Records, check_target_unit, molecules
 from matfm.data.sources import Source, card, catalogue, download, fetch, listing, load, load_frame, load_with_rejected, source
+from matfm.data.splits import leakage, random_split
 from matfm.settings import Settings
 
 CONTENT = b"SMILES,y\nCCO,1.5\nCCN,2.5\nC1CC,3\nCCC,4\n"
@@ -76,10 +79,11 @@ def test_entries():
     assert len(entries) > 150 and len({s.file for s in entries.values()}) == len(entries)
     for s in entries.values():
         assert s.embedded or (len(s.sha256) == 64 and s.rows > 0 and s.bytes > 0), s.name
-        assert not s.structure or s.domain in ("molecule", "crystal", "composition"), s.name
+        assert bool(s.structure or s.build) == (s.domain not in ("table", "text")) or s.embedded or s.name == "mat2vec_analogies", s.name
         assert s.task and (s.citation or not s.structure) and (s.licence or not s.structure), s.name
+        assert s.embedded or s.url or s.source, s.name
         assert not Path(s.file).is_absolute() and "/work" not in s.to_json(), s.name
-    for unit in {u for s in entries.values() for u in s.targets.values()}: check_target_unit(unit)
+    for unit in {u for s in entries.values() for u in [*s.targets.values(), *s.conditions.values()]}: check_target_unit(unit)
     assert not [s.name for s in entries.values() if s.file.endswith(".csv.gz") and not s.content_sha256]
 
 
@@ -100,9 +104,13 @@ def test_names_and_cards():
     assert "<a href=" in html and "licence" in html
     assert "&lt;b&gt;" in TINY.replace(note="<b>")._repr_html_()
     assert set(listing("crystal")["domain"]) == {"crystal"} and len(listing()) == len(catalogue())
+    assert {"mlearn_Si", "rmd17_ethanol"} <= set(listing(task="Energies and Forces")["name"]) and set(listing("mixture", "regression")["domain"]) == {"mixture"}
+    with pytest.raises(BadInput, match="did you mean 'mixture'"): listing("mixtures")
+    assert all(w in card("chemixhub_viscosity") for w in ("T [K]", "by mole", "log10(cP)"))
 
 
-@pytest.mark.parametrize("changes, message", [({"file": "/etc/passwd"}, "below the mirror's root"), ({"file": "a/../../b"}, "below the mirror's root"), ({"domain": "molecul"}, "did you mean 'molecule'")])
+@pytest.mark.parametrize("changes, message", [({"file": "/etc/passwd"}, "below the mirror's root"), ({"file": "a/../../b"}, "below the mirror's root"), ({"domain": "molecul"}, "did you mean 'molecule'"),
+                                              ({"domain": "mixture", "build": {"prats": []}}, "did you mean 'parts'"), ({"build": {"parts": []}}, "build of a molecule"), ({"basis": "mol"}, "did you mean 'mole'")])
 def test_entries_are_checked(changes, message):
     with pytest.raises(BadInput, match=message): TINY.replace(**changes)
 
@@ -196,7 +204,7 @@ def test_internet_comes_last(folder, web):
 def test_message_when_nobody_has_it(mirror, url, said, tmp_path):
     with pytest.raises(DataUnavailable, match=said) as e: fetch(TINY.replace(url=url), Settings(root=str(tmp_path), data_mirror=mirror, data_cache=str(tmp_path / "c")))
     text = str(e.value)
-    assert type(e.value) is DataUnavailable and all(w in text for w in ("MATFM_DATA_MIRROR", "[data] mirror", "settings.ini", "connect", TINY.file, url)) and not leftovers(tmp_path / "c")
+    assert type(e.value) is DataUnavailable and all(w in text for w in ("MATFM_DATA_MIRROR", "[data] mirror", "settings.ini", TINY.file, url)) and ("connect to the internet" in text) == ("ConnectError" in text) and not leftovers(tmp_path / "c")
 
 
 def test_settings_come_from_the_environment(folder, monkeypatch):
@@ -241,7 +249,6 @@ def test_refuses_when_most_is_bad(folder):
 def test_frames(folder):
     f = load_frame(TINY, settings=folder)
     assert f["y"].to_list() == [1.5, 2.5, 3.0, 4.0] and f["SMILES"][0] == "CCO"
-    with pytest.raises(BadInput, match="use load_frame"): load(TINY.replace(structure=""), settings=folder)
 
 
 def test_embedded_sets(tmp_path):
@@ -275,16 +282,100 @@ def test_whole_sets(name, rows, mirror):
     assert source(name).split in ("", *r.frame.columns)
 
 
-@pytest.mark.parametrize("name", sorted(n for n, s in catalogue().items() if s.structure and not s.embedded))
-def test_first_rows_of_every_set(name, mirror):
-    r, bad = load_with_rejected(name, limit=40)
-    assert len(r) + len(bad) == min(40, source(name).rows) and len(r) >= 20
-    first = r.structures()[0]
-    assert isinstance(first, Crystal) if r.domain == "crystal" else isinstance(first, str)
-    assert r.y().shape == (len(r), len(source(name).targets)) and r.licence == source(name).licence
+KINDS = {"molecule": str, "composition": str, "reaction": str, "crystal": Crystal, "mixture": Mixture, "atoms": Atoms}
+PUBLIC = sorted(n for n, s in catalogue().items() if not s.embedded)
 
 
-def test_tables_without_structures(mirror):
-    for name in ("uspto50k", "electrolyte_conductivity", "discomat_tables", "ner_matscholar"):
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_set_loads(name, mirror, tmp_path):
+    s = source(name)
+    limit = None if s.rows <= 1200 or (s.domain in ("table", "text") and s.bytes < 2e6) else 60
+    r, bad = load_with_rejected(name, limit=limit, jobs=1)
+    assert len(r) + len(bad) == min(limit or s.rows, s.rows) and len(r) > len(bad)
+    assert (r.name, r.domain, r.targets, r.conditions, r.basis, r.licence, r.citation) == (name, s.domain, s.targets, s.conditions, s.basis, s.licence, s.citation)
+    assert r.y().shape == (len(r), len(s.targets)) and s.split in ("", *r.frame.columns) and len(listing(s.domain, s.task))
+    again = Records.load(r.save(tmp_path / "r.parquet"))
+    assert again.frame.equals(r.frame) and (again.digest, again.conditions, again.basis) == (r.digest, r.conditions, r.basis)
+    few = r.take(range(min(60, len(r))))
+    if s.domain in KINDS: assert all(isinstance(x, KINDS[s.domain]) for x in few.structures())
+    split = random_split(few)
+    assert len(split) == len(few) and leakage(split, few)["identical_test"] == 0 and "<table" in few._repr_html_()
+
+
+@pytest.mark.parametrize("name", ["flash_point_mixtures", "electrolyte_conductivity", "mlearn_Li", "glass_non_glass_abstracts", "ner_synthesis_olivetti", "cameo_fegapd", "az_eln_buchwald_hartwig"])
+def test_whole_sets_of_every_domain(name, mirror):
+    r, again = load(name), load(name)  # the second from the cache of parsed records
+    assert len(r) == source(name).rows and again.digest == r.digest
+    assert list(again.targets) == list(r.targets) == list(source(name).targets) and list(again.conditions) == list(source(name).conditions)
+
+
+def test_mixtures_are_put_together(mirror):
+    r = load("electrolyte_molsets_conductivity", limit=50)
+    assert "*" in r.structures()[0].components[0] and "[Cu]" not in str(r.structures()) and r.structures()[0].roles[-1] == "salt" and np.isnan(r.structures()[0].fractions[-1])
+    lce = load("electrolyte_lce_formulation")
+    assert all(abs(sum(m.fractions) - 1) < 0.02 for m in lce.structures()) and max(map(len, lce.structures())) > 3
+    pair = load("chemixhub_olfactory_similarity", limit=20).structures()
+    assert all(set(m.roles) == {"1", "2"} and all(map(np.isnan, m.fractions)) for m in pair)
+    r, bad = load_with_rejected("chemixhub_viscosity", limit=3000)
+    assert not len(bad) and {len(m) for m in r.structures()} == {1, 2} and r.frame["T"].dtype.is_float()
+    r, bad = load_with_rejected("chemixhub_polymer_electrolyte", jobs=1)
+    assert all("components but 2 fractions" in w for w in bad.frame["reason"]) and 0 < len(bad) < 300
+
+
+def test_configurations_have_forces(mirror):
+    r = load("mlearn_Mo", limit=20)
+    assert r.frame["forces"].list.len().to_list() == [3 * len(a) for a in r.structures()] and all(a.lattice is not None for a in r.structures())
+    assert load("rmd17_aspirin", limit=5).structures()[0].lattice is None and r.y("energy").max() < 0
+
+
+def test_arrays_become_rows(mirror):
+    r = load("multimat_sample")
+    row = r[next(i for i, v in enumerate(r.frame["charge_density_32"]) if v is not None)]
+    assert np.array(row["charge_density_32"]).shape == (32, 32, 32) and np.array(row["dos"]).shape == (2, 601) and r.frame["charge_density_16"].null_count() == 408 - 371
+    x = load("xrd_autoxrd_thinfilm")
+    assert len({len(v) for c in ("two_theta", "intensity") for v in x.frame[c]}) == 1 and x[0]["two_theta"] == x[72]["two_theta"]
+
+
+def test_texts(mirror):
+    r = load("mat2vec_analogies")
+    assert len(r) == 35104 and r[0]["section"] == "chemical element names" and [r[0][c] for c in "abcd"] == ["Ac", "actinium", "Ag", "silver"]
+    assert json.loads(load("matsci_nlp_sc_comics")[0]["t_type_dict"])["T9"] == "SC"
+    assert load("ner_matscholar", limit=3).frame["tokens"].dtype == pl.List(pl.String)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_stranger_is_told_what_to_do(name, tmp_path, monkeypatch):
+    def nobody(url, into): raise httpx.ConnectError("no route to host")
+    monkeypatch.setattr(sources, "_stream", nobody)
+    s = source(name)
+    with pytest.raises(DataUnavailable) as e: load(name, settings=Settings(data_cache=str(tmp_path)))
+    said = str(e.value)
+    assert "Set MATFM_DATA_MIRROR" in said and s.file in said and (s.url or s.source) in said
+    assert ("connect to the internet" in said) == ("no route to host" in said) and not leftovers(tmp_path)
+
+
+def test_missing_table_of_compounds(tmp_path):
+    body = gzip.compress(b"ids,y\n\"[0.0, 1.0]\",1\n", mtime=0)
+    (tmp_path / "t.csv.gz").write_bytes(body)
+    s = Source("t", "mixture", "t.csv.gz", 1, len(body), hashlib.sha256(body).hexdigest(), targets={"y": ""},
+               build={"parts": [{"smiles": ["ids"]}], "compounds": {"source": "chemixhub_viscosity_compounds", "number": "compound_id", "smiles": ["smiles"]}})
+    with pytest.raises(DataUnavailable, match="chemixhub_viscosity_compounds is not in the cache"): load(s, settings=Settings(data_mirror=str(tmp_path), data_cache=str(tmp_path / "cache")))
+
+
+@pytest.mark.parametrize("domain, build, csv_text, reasons", [
+    ("mixture", {"parts": [{"smiles": ["a", "b"], "fractions": ["x"]}]}, 'a,b,x,y\nCCO,O,"[0.4, 0.6]",1\nCCO,O,"[1.0, 2.0, 3.0]",1\nQ,,"[1.0]",1\n,,,1\n', ["2 components but 3 fractions", "a component cannot be used", "a mixture without components"]),
+    ("reaction", {"reactants": ["a"], "product": ["b"]}, "a,b,y\nCO.CC(=O)O,COC(C)=O,1\nC,,1\n,C,1\nQ,C,1\n", ["a reaction without product", "a reaction without reactants", "a side of the reaction cannot be used"]),
+    ("atoms", {"symbols": "s", "positions": "p", "lattice": "c"}, 's,p,c,y\n"[""O""]","[[0, 0, 0]]","[[9,0,0],[0,9,0],[0,0,9]]",1\n"[""Xx""]","[[0, 0, 0]]",,1\n"[""O""]","[[0, 0",,1\n"[""O""]","[[0, 0, 0]]","[[1,2]]",1\n',
+     ["atomic numbers must lie", "positions cannot be read", "lattice cannot be read"])])
+def test_bad_rows_of_every_build(domain, build, csv_text, reasons, tmp_path):
+    body = gzip.compress(csv_text.encode(), mtime=0)
+    (tmp_path / "t.csv.gz").write_bytes(body)
+    s = Source("t", domain, "t.csv.gz", 4, len(body), hashlib.sha256(body).hexdigest(), targets={"y": ""}, build=build)
+    r, bad = load_with_rejected(s, settings=Settings(data_mirror=str(tmp_path), data_cache=str(tmp_path / "cache")))
+    assert len(r) == 1 and len(bad) == len(reasons)
+    for said, wanted in zip(bad.frame["reason"], reasons, strict=True): assert wanted in said
+
+
+def test_plain_frames(mirror):
+    for name in ("uspto50k", "electrolyte_conductivity", "discomat_tables", "ner_matscholar", "rmd17_ethanol", "xrd_alfelio_synthetic", "mat2vec_analogies"):
         assert len(load_frame(name, limit=20)) == 20
-    with pytest.raises(BadInput, match="is no table"): load_frame("rmd17_ethanol")

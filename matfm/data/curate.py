@@ -426,6 +426,7 @@ def curate(
     neighbours: bool = False, # estimate label noise from neighbours too
 ) -> tuple[Records, Rejected, CurationReport]:
     "Standardise, apply limits, unite repeats; nothing is lost: what is not in the records is in `Rejected`."
+    pick(records.domain, ["molecule", "crystal", "composition"], "kind of record for curate")
     ids, given = records.ids, [str(s) for s in (records.frame["formula"] if records.domain != "molecule" else records.structures())]
     clean, rows, gone, changes = _standard(records, rules, jobs)
     steps = [("given", len(records), 0), ("standard form", len(clean), len(changes))]

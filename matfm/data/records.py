@@ -1,4 +1,4 @@
-"""Molecules, crystals and compositions as checked tables; what cannot be read is set aside with its reason.
+"""Molecules, mixtures, reactions, crystals, compositions, configurations, tables and texts as checked tables; what cannot be read is set aside with its reason.
 
 Docs: https://matfm.github.io/matfm/data/records.html.md"""
 
@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import Any, Self
 
 # %% auto #0
-__all__ = ['REJECTED_SCHEMA', 'SYMBOLS', 'NUMBERS', 'STRUCTURE', 'NAMES', 'Rejected', 'parse_formula', 'reduced_formula',
-           'formula_html', 'Cell', 'lattice_from_parameters', 'Crystal', 'crystal_html', 'check_target_unit',
-           'frame_digest', 'Table', 'Records', 'molecule_svg', 'records_html', 'parse_smiles', 'parse_crystal',
-           'parse_composition', 'parse_structures', 'molecules', 'crystals', 'compositions', 'read_frame',
-           'find_structure', 'from_frame', 'read_table']
+__all__ = ['REJECTED_SCHEMA', 'SYMBOLS', 'NUMBERS', 'STRUCTURE', 'BASES', 'MAKERS', 'NAMES', 'Rejected', 'parse_formula',
+           'reduced_formula', 'formula_html', 'Cell', 'lattice_from_parameters', 'Crystal', 'crystal_html', 'Mixture',
+           'mixture_key', 'Atoms', 'hill_formula', 'check_target_unit', 'frame_digest', 'Table', 'Records',
+           'molecule_svg', 'records_html', 'parse_smiles', 'parse_crystal', 'parse_composition', 'parse_mixture',
+           'parse_reaction', 'parse_atoms', 'parse_structures', 'from_values', 'molecules', 'crystals', 'compositions',
+           'read_frame', 'find_structure', 'from_frame', 'read_table']
 
 # %% ../../nbs/data/10_records.ipynb #f858fc24
 import numpy as np
@@ -285,12 +286,87 @@ def crystal_html(
     more = f"<p>… {len(crystal) - sites} more</p>" if len(crystal) > sites else ""
     return head + _table(["element", "x", "y", "z"], rows) + more
 
+# %% ../../nbs/data/10_records.ipynb #433f59f3
+@dataclass(frozen=True)
+class Mixture:
+    "Molecules that are together, with their fractions and roles."
+    components: tuple[str, ...]      # SMILES
+    fractions: tuple[float, ...] = ()  # as given, NaN where unknown; empty: all unknown
+    roles: tuple[str, ...] = ()      # "solvent", "salt", "drug" …; "1" and "2" for the two of a pair; empty: none is known
+
+    def __post_init__(self) -> None:
+        n = len(self.components)
+        if not n: raise BadInput("a mixture without components")
+        for what, given in (("fractions", self.fractions), ("roles", self.roles)):
+            if len(given) not in (0, n): raise BadInput(f"{n} components but {len(given)} {what}")
+        try: fractions = tuple(math.nan if f is None or f != f else float(f) for f in self.fractions or (None,) * n)
+        except (TypeError, ValueError) as e: raise BadInput(f"fractions must be numbers: {e}") from e
+        if any(f < 0 or math.isinf(f) for f in fractions): raise BadInput("fractions must be finite and ≥ 0")
+        if not any(fractions): raise BadInput("a mixture of which every fraction is 0")
+        for name, value in (("components", self.components), ("fractions", fractions), ("roles", (r or "" for r in self.roles or ("",) * n))):
+            object.__setattr__(self, name, tuple(value))
+
+    def __len__(self) -> int: return len(self.components)
+    @property
+    def key(self) -> str: return mixture_key(self)
+
+# %% ../../nbs/data/10_records.ipynb #68fc14f8
+def mixture_key(
+    mixture: Mixture,
+) -> str:
+    "The same text for the same components, fractions (to six digits) and roles, in whatever order they were given."
+    total: dict[tuple[str, str, bool], float] = {}
+    for c, f, r in zip(mixture.components, mixture.fractions, mixture.roles, strict=True):
+        part = (c, r, math.isnan(f))  # an unknown amount is not added to a known one
+        if f != 0: total[part] = total.get(part, 0.0) + f
+    return " + ".join(sorted(f"{'?' if unknown else format(f, '.6g')} {c}{f' ({r})' if r else ''}" for (c, r, unknown), f in total.items()))
+
+# %% ../../nbs/data/10_records.ipynb #30017c5e
+@dataclass(frozen=True, eq=False, repr=False)
+class Atoms:
+    "Atoms in space, periodic or not."
+    numbers: np.ndarray                # [n] int64, atomic numbers
+    positions: np.ndarray              # [n, 3] float64, Å
+    lattice: np.ndarray | None = None  # [3, 3] float64, lattice vectors as rows, Å; None: not periodic
+
+    def __post_init__(self) -> None:
+        for name, tp, shape in [("numbers", int, (-1,)), ("positions", float, (-1, 3)), *([("lattice", float, (3, 3))] if self.lattice is not None else [])]:
+            object.__setattr__(self, name, _array(getattr(self, name), tp, shape, name))
+        n = len(self.numbers)
+        if n == 0: raise BadInput("a configuration without atoms")
+        if len(self.positions) != n: raise BadInput(f"{n} atomic numbers but {len(self.positions)} positions")
+        if self.numbers.min() < 1 or self.numbers.max() > 118: raise BadInput("atomic numbers must lie between 1 and 118")
+
+    def __len__(self) -> int: return len(self.numbers)
+    @property
+    def formula(self) -> str: return hill_formula(Counter(SYMBOLS[z] for z in self.numbers.tolist()))
+    def to_ase(self) -> Any:
+        "As ASE's `Atoms`."
+        import ase
+        return ase.Atoms(self.numbers, self.positions, cell=self.lattice, pbc=self.lattice is not None)
+    def __repr__(self) -> str: return f"Atoms({self.formula}, {len(self)} atoms, {'not ' * (self.lattice is None)}periodic)"
+
+# %% ../../nbs/data/10_records.ipynb #41aa9372
+def hill_formula(
+    amounts: Mapping[str, int],  # element symbol → number of atoms
+) -> str:
+    "Carbon, hydrogen, the others by alphabet; without carbon all by alphabet (Hill 1900, 10.1021/ja02046a005)."
+    first = {"C": 0, "H": 1} if "C" in amounts else {}
+    return "".join(f"{s}{n if n > 1 else ''}" for s, n in sorted(amounts.items(), key=lambda p: (first.get(p[0], 2), p[0])))
+
 # %% ../../nbs/data/10_records.ipynb #77cd2880
 STRUCTURE: dict[str, dict[str, Any]] = {
     "molecule": {"smiles": pl.String},
     "crystal": {"lattice": pl.List(pl.Float64), "numbers": pl.List(pl.Int64), "frac": pl.List(pl.Float64), "formula": pl.String},
     "composition": {"formula": pl.String},
+    "mixture": {"components": pl.List(pl.String), "fractions": pl.List(pl.Float64), "roles": pl.List(pl.String)},
+    "reaction": {"reaction": pl.String},  # reactants>agents>product, atom maps kept
+    "atoms": {"numbers": pl.List(pl.Int64), "positions": pl.List(pl.Float64), "lattice": pl.List(pl.Float64), "formula": pl.String},  # no lattice: not periodic
+    "table": {},
+    "text": {},
 }
+
+BASES = ("", "mole", "mass", "volume")  # what the fractions of a mixture are fractions of; empty: the source does not say
 
 def check_target_unit(
     unit: str,  # a unit pint knows, "" for a pure number, or log10(unit)
@@ -301,14 +377,17 @@ def check_target_unit(
     return unit
 
 # %% ../../nbs/data/10_records.ipynb #e6bec980
-def _check_frame(frame: pl.DataFrame, domain: str, targets: Mapping[str, str]) -> None:
+def _check_frame(frame: pl.DataFrame, domain: str, targets: Mapping[str, str], conditions: Mapping[str, str], basis: str) -> None:
     pick(domain, STRUCTURE, "domain")
     for c, dtype in {"id": pl.String, **STRUCTURE[domain]}.items():
         if frame.schema.get(c) != dtype: raise BadInput(f"records of the domain {domain} need a column {c} of type {dtype}, got {frame.schema.get(c)}")
-    for c, unit in targets.items():
-        pick(c, frame.columns, "target")
-        if not frame.schema[c].is_numeric(): raise BadInput(f"target {c!r} must be numeric, got {frame.schema[c]}")
-        check_target_unit(unit)
+    for what, named in (("target", targets), ("condition", conditions)):
+        for c, unit in named.items():
+            pick(c, frame.columns, what)
+            if not frame.schema[c].is_numeric(): raise BadInput(f"{what} {c!r} must be numeric, got {frame.schema[c]}")
+            check_target_unit(unit)
+    if both := sorted(set(targets) & set(conditions)): raise BadInput(f"{both[0]!r} cannot be a target and a condition")
+    if pick(basis, BASES, "basis of fractions") and domain != "mixture": raise BadInput(f"{domain} records have no fractions, so no basis of them")
     if frame["id"].null_count() or frame["id"].n_unique() != len(frame): raise BadInput("ids must be unique")
 
 # %% ../../nbs/data/10_records.ipynb #0aac9c0b
@@ -318,6 +397,10 @@ def _bytes_of(s: pl.Series) -> Iterator[bytes]:
     if isinstance(s.dtype, pl.List):
         yield s.list.len().fill_null(2**32 - 1).cast(pl.Int64).to_numpy().tobytes()
         if len(s): yield from _bytes_of(s.drop_nulls().explode(empty_as_null=False, keep_nulls=False))
+        return
+    if isinstance(s.dtype, pl.Struct):
+        yield s.is_null().to_numpy().tobytes()
+        for f in s.struct.fields: yield from _bytes_of(s.struct.field(f))
         return
     yield s.is_null().to_numpy().tobytes()
     if s.dtype.is_float(): yield s.fill_null(0).cast(pl.Float64).to_numpy().tobytes()
@@ -338,16 +421,18 @@ def frame_digest(frame: pl.DataFrame, extra: Any = "") -> str:
 class Table:
     "The table itself: rows, targets, identity."
     frame: pl.DataFrame           # columns: id, the structure, targets, anything else
-    domain: str                   # "molecule", "crystal" or "composition"
+    domain: str                   # a key of `STRUCTURE`
     targets: dict[str, str] = field(default_factory=dict)  # target column → unit ("" for a pure number; classes are 0 and 1)
     name: str = ""
     licence: str = ""
     citation: str = ""
     canonical: bool = False       # the SMILES are known to be canonical
+    conditions: dict[str, str] = field(default_factory=dict)  # column of what was set, not measured → unit
+    basis: str = ""               # of a mixture's fractions, see `BASES`
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "targets", dict(self.targets))
-        _check_frame(self.frame, self.domain, self.targets)
+        for name in ("targets", "conditions"): object.__setattr__(self, name, dict(getattr(self, name)))
+        _check_frame(self.frame, self.domain, self.targets, self.conditions, self.basis)
 
     def __len__(self) -> int: return len(self.frame)
     def __getitem__(self, row: int) -> dict[str, Any]: return self.frame.row(int(row), named=True)
@@ -355,8 +440,9 @@ class Table:
     def ids(self) -> list[str]: return self.frame["id"].to_list()
     @functools.cached_property
     def digest(self) -> str:
-        "Twelve hex digits that name this content: rows in their order, domain, targets and units."
-        return frame_digest(self.frame, [self.domain, self.targets])
+        "Twelve hex digits that name this content: rows in their order, domain, targets, conditions and units."
+        more = {k: v for k, v in (("conditions", self.conditions), ("basis", self.basis)) if v}
+        return frame_digest(self.frame, [self.domain, self.targets, *([more] if more else [])])
 
     def take(self, indices: Sequence[int] | np.ndarray) -> Self:
         "The rows with these numbers, in this order."
@@ -371,25 +457,37 @@ class Table:
         for c in chosen: pick(c, self.targets, "target")
         return self.frame.select(pl.col(c).cast(pl.Float64).fill_null(float("nan")) for c in chosen).to_numpy().reshape(len(self), len(chosen))
 
+# %% ../../nbs/data/10_records.ipynb #c2be904d
+MAKERS: dict[str, Any] = {  # one structure from its columns, where it is more than the text of the first
+    "crystal": lambda lattice, numbers, frac, formula: Crystal(lattice, numbers, frac),
+    "mixture": lambda components, fractions, roles: Mixture(tuple(components), tuple(fractions), tuple(roles)),
+    "atoms": lambda numbers, positions, lattice, formula: Atoms(numbers, positions, lattice or None),
+}
+
 # %% ../../nbs/data/10_records.ipynb #f2ca707e
 class Records(Table):
-    "A checked, immutable table of molecules, crystals or compositions."
+    "A checked, immutable table of one domain."
     def structures(self) -> list[Any]:
-        "What a representation is called with: SMILES strings, `Crystal`s or formula strings."
-        if self.domain != "crystal": return self.frame[next(iter(STRUCTURE[self.domain]))].to_list()
-        return [Crystal(a, n, f) for a, n, f in zip(*(self.frame[c].to_list() for c in ("lattice", "numbers", "frac")), strict=True)]
+        "What a representation is called with: SMILES, formulas or reactions as text, `Crystal`s, `Mixture`s or `Atoms`."
+        kinds = STRUCTURE[self.domain]
+        if not kinds: raise BadInput(f"{self.domain} records have no structures; their columns are {', '.join(self.frame.columns[:12])}")
+        if self.domain not in MAKERS: return self.frame[next(iter(kinds))].to_list()
+        return [MAKERS[self.domain](*values) for values in zip(*(self.frame[c].to_list() for c in kinds), strict=True)]
 
-    def with_columns(self, columns: Mapping[str, Any] | None = None, targets: Mapping[str, str] | None = None, **more: Any) -> Records:
-        "More (or replaced) columns; those named in `targets` become targets with that unit."
+    def with_columns(self, columns: Mapping[str, Any] | None = None, targets: Mapping[str, str] | None = None, conditions: Mapping[str, str] | None = None,
+                     **more: Any) -> Records:
+        "More (or replaced) columns; those named in `targets` or `conditions` become targets or conditions with that unit."
         new = [pl.Series(k, v) for k, v in {**(columns or {}), **more}.items()]
         for s in new:
             if len(s) != len(self): raise BadInput(f"column {s.name!r} has {len(s)} values for {len(self)} rows")
-        return replace(self, frame=self.frame.with_columns(new), targets={**self.targets, **(targets or {})})
+        return replace(self, frame=self.frame.with_columns(new), targets={**self.targets, **(targets or {})},
+                       conditions={**self.conditions, **(conditions or {})})
 
     def save(self, path: str | os.PathLike) -> Path:
-        "Write as Parquet; name, targets, units, licence and citation travel in the schema."
+        "Write as Parquet; name, targets, conditions, units, licence and citation travel in the schema."
         import pyarrow.parquet as pq
-        meta = {"matfm": canonical_json({k: getattr(self, k) for k in ("domain", "targets", "name", "licence", "citation", "canonical")})}
+        always = ("domain", "targets", "name", "licence", "citation", "canonical")
+        meta = {"matfm": json.dumps({k: v for k in (*always, "conditions", "basis") if (v := getattr(self, k)) or k in always}, ensure_ascii=False)}
         table = self.frame.to_arrow()
         with atomic_write(path) as tmp: pq.write_table(table.replace_schema_metadata(meta), tmp, compression="zstd")
         return Path(path)
@@ -425,20 +523,37 @@ def molecule_svg(
     return draw.GetDrawingText().split("?>", 1)[-1].strip()
 
 # %% ../../nbs/data/10_records.ipynb #42135db2
+def _mixture_html(components: list[str], fractions: list[float | None], roles: list[str]) -> str:
+    lines = [" ".join(x for x in ("" if f is None else f"{f:.4g}", html.escape(_short(c, 40)), f"<i>{html.escape(r)}</i>" if r else "") if x)
+             for c, f, r in zip(components, fractions, roles, strict=True)]
+    return "<br>".join(lines[:5] + (["…"] if len(lines) > 5 else []))
+
+def _plain(value: Any) -> str:
+    "A cell as text; of a long list the first three values and how many there are."
+    if value is None: return ""
+    if not isinstance(value, list) or len(value) <= 4: return html.escape(_short(value, 60))
+    return html.escape(_short(", ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in value[:3]), 60)) + f" … ({len(value)})"
+
+def _shown(records: Records, head: pl.DataFrame) -> dict[str, list[str]]:
+    "What stands for the structure of the first rows: column → HTML."
+    if records.domain == "molecule": return {"molecule": [molecule_svg(s) for s in head["smiles"]]}
+    if records.domain == "mixture": return {"mixture": [_mixture_html(*r) for r in head.select(*STRUCTURE["mixture"]).rows()]}
+    if "formula" in STRUCTURE[records.domain]: return {"formula": [formula_html(f) for f in head["formula"]]}
+    plain = list(STRUCTURE[records.domain]) or [c for c in head.columns if c not in {"id", *records.targets, *records.conditions}][:4]
+    return {c: [_plain(v) for v in head[c].to_list()] for c in plain}
+
+# %% ../../nbs/data/10_records.ipynb #98d4033c
 def records_html(
     records: Records,
     rows: int = 4,  # show at most so many
 ) -> str:
     "First rows as HTML, with drawings or formulas."
-    head = records.frame.head(rows)
-    mol = records.domain == "molecule"
-    show = [molecule_svg(s) for s in head["smiles"]] if mol else [formula_html(f) for f in head["formula"]]
-    cols = list(records.targets)[:6]
-    body = [[html.escape(_short(i, 24)), s, *("" if v is None else f"{v:.4g}" for v in t)]
-            for i, s, t in zip(head["id"], show, head.select(cols).rows() if cols else [()] * len(head), strict=True)]
+    head, units = records.frame.head(rows), {**dict(list(records.targets.items())[:6]), **dict(list(records.conditions.items())[:4])}
+    shown = _shown(records, head)
+    numbers = [["" if v is None else f"{v:.4g}" for v in head[c].to_list()] for c in units]
+    body = zip([html.escape(_short(i, 24)) for i in head["id"]], *shown.values(), *numbers, strict=True)
     title = f"<p><b>{html.escape(records.name or 'Records')}</b>: {len(records):,} × {records.domain}, digest {records.digest}</p>"
-    names = [f"{c} [{records.targets[c]}]" if records.targets[c] else c for c in cols]
-    return title + _table(["id", "molecule" if mol else "formula", *names], body)
+    return title + _table(["id", *shown, *(f"{c} [{u}]" if u else c for c, u in units.items())], body)
 
 # %% ../../nbs/data/10_records.ipynb #246f848d
 def parse_smiles(
@@ -467,7 +582,7 @@ def _why_not(text: str) -> str:
 
 # %% ../../nbs/data/10_records.ipynb #8dc1d96c
 def parse_crystal(
-    value: Any,  # text of a CIF or POSCAR, a Crystal or a pymatgen Structure
+    value: Any,  # text of a CIF or POSCAR, a Crystal or a pymatgen Structure, or a mapping with lattice, numbers and frac
 ) -> tuple[list[float], list[int], list[float], str]:
     "Lattice, numbers, positions and formula as flat lists, or `BadInput`."
     if isinstance(value, str):
@@ -475,6 +590,7 @@ def parse_crystal(
         cif = re.search(r"^\s*(?:data_|loop_|_cell_|_atom_site)", value, re.M)
         c = Crystal.from_cif(value) if cif else Crystal.from_poscar(value)
     elif isinstance(value, Crystal): c = value
+    elif isinstance(value, Mapping): c = Crystal(*(value.get(k) for k in ("lattice", "numbers", "frac")))  # type: ignore[arg-type]
     elif hasattr(value, "lattice") and hasattr(value, "frac_coords"): c = Crystal.from_pymatgen(value)
     else: raise BadInput("empty structure" if value is None else f"not a crystal: {type(value).__name__}")
     return c.lattice.ravel().tolist(), c.numbers.tolist(), c.frac.ravel().tolist(), c.formula
@@ -483,10 +599,54 @@ def parse_composition(text: Any) -> tuple[str]:
     "The reduced formula as a 1-tuple, or `BadInput`."
     return (reduced_formula(parse_formula(text)),)
 
+# %% ../../nbs/data/10_records.ipynb #815d3f64
+@functools.lru_cache(maxsize=20_000)
+def _canonical(text: str) -> str: return parse_smiles(text)[0]
+
+def _canonical_side(text: str) -> str:
+    "Molecule by molecule where that is possible; a ring may be closed across a dot."
+    try: return ".".join(sorted(_canonical(s) for s in text.split(".")))
+    except BadInput: return _canonical(text)
+
+def parse_mixture(
+    value: Any,  # a Mixture, or a mapping with components and perhaps fractions and roles
+) -> tuple[list[str], list[float | None], list[str]]:
+    "Canonical components, fractions (None where unknown) and roles, or `BadInput`."
+    if isinstance(value, Mapping): value = Mixture(*(tuple(value.get(k) or ()) for k in STRUCTURE["mixture"]))
+    if not isinstance(value, Mixture): raise BadInput("empty mixture" if value is None else f"not a mixture: {type(value).__name__}")
+    try: components = [_canonical(c) if isinstance(c, str) else parse_smiles(c)[0] for c in value.components]
+    except BadInput as e: raise BadInput(f"a component cannot be used: {e}") from e
+    return components, [None if math.isnan(f) else f for f in value.fractions], list(value.roles)
+
+def parse_reaction(
+    text: Any,  # reactants>agents>product, each side a SMILES; there may be no agents
+) -> tuple[str]:
+    "The reaction with every side canonical and its atom maps kept, as a 1-tuple, or `BadInput`."
+    if not isinstance(text, str) or not text.strip(): raise BadInput("empty reaction" if text is None or isinstance(text, str) else f"not a reaction: {type(text).__name__}")
+    sides = re.split(r"(?<!-)>", text.strip())
+    if len(sides) != 3: raise BadInput(f"not a reaction: {len(sides)} sides where reactants>agents>product has 3")
+    for side, what in ((sides[0], "reactants"), (sides[2], "product")):
+        if not side: raise BadInput(f"a reaction without {what}")
+    try: return (">".join(_canonical_side(s) if s else "" for s in sides),)
+    except BadInput as e: raise BadInput(f"a side of the reaction cannot be used: {e}") from e
+
+# %% ../../nbs/data/10_records.ipynb #f1b5ed9f
+def parse_atoms(
+    value: Any,  # Atoms, ASE's Atoms, or a mapping with numbers, positions and perhaps lattice
+) -> tuple[list[int], list[float], list[float], str]:
+    "Numbers, positions and lattice as flat lists (no lattice: not periodic) and the formula, or `BadInput`."
+    if isinstance(value, Mapping): value = Atoms(value.get("numbers"), value.get("positions"), value.get("lattice") or None)  # type: ignore[arg-type]
+    elif hasattr(value, "get_atomic_numbers"): value = Atoms(value.get_atomic_numbers(), value.get_positions(), value.cell.array if value.pbc.any() else None)
+    if not isinstance(value, Atoms): raise BadInput("empty configuration" if value is None else f"not a configuration: {type(value).__name__}")
+    lattice = [] if value.lattice is None else value.lattice.ravel().tolist()
+    return value.numbers.tolist(), value.positions.ravel().tolist(), lattice, value.formula
+
 # %% ../../nbs/data/10_records.ipynb #118d43b4
+_PARSERS: dict[str, Any] = {"crystal": parse_crystal, "composition": parse_composition, "mixture": parse_mixture, "reaction": parse_reaction, "atoms": parse_atoms}
+
 def _parse_some(values: Sequence[Any], domain: str, canonical: bool) -> list[Any]:
     "Each value's columns, or the reason (a string) why there are none."
-    parse: Any = {"molecule": functools.partial(parse_smiles, canonical=canonical), "crystal": parse_crystal, "composition": parse_composition}[domain]
+    parse: Any = _PARSERS.get(domain) or functools.partial(parse_smiles, canonical=canonical)
     out: list[Any] = []
     for v in values:
         try: out.append(parse(v))
@@ -533,7 +693,7 @@ def _as_series(name: str, values: Any) -> pl.Series:
     return pl.Series(name, [None if v is None else float(v) for v in values], dtype=pl.Float64)
 
 # %% ../../nbs/data/10_records.ipynb #3e61e091
-def _clean_targets(frame: pl.DataFrame, targets: Mapping[str, str], n: int) -> tuple[pl.DataFrame, list[str | None]]:
+def _clean_targets(frame: pl.DataFrame, targets: Mapping[str, str], n: int, needed: bool = True) -> tuple[pl.DataFrame, list[str | None]]:
     "Numeric targets, and for every row None or the reason why none of its targets can be used."
     if not targets: return frame, [None] * n
     number, text = zip(*(_numeric(frame[c]) for c in targets), strict=True)
@@ -543,8 +703,16 @@ def _clean_targets(frame: pl.DataFrame, targets: Mapping[str, str], n: int) -> t
     reasons: list[str | None] = [None] * n
     for i in dead.arg_true().to_list():
         bad = [f"{c} = {_short(frame[c][i], 40)!r}" for c, t in zip(targets, text, strict=True) if t[i]]
-        reasons[i] = f"text in a numeric column: {', '.join(bad)}" if bad else "no target value"
+        reasons[i] = f"text in a numeric column: {', '.join(bad)}" if bad else "no target value" if needed else None
     return frame.with_columns(number), reasons
+
+# %% ../../nbs/data/10_records.ipynb #5529cac5
+def _clean_conditions(frame: pl.DataFrame, conditions: Mapping[str, str]) -> pl.DataFrame:
+    "Numeric conditions; text counts as missing."
+    if not conditions: return frame
+    number, text = zip(*(_numeric(frame[c]) for c in conditions), strict=True)
+    if odd := [t.name for t in text if t.any()]: warnings.warn(f"text in the numeric column {odd[0]!r} counts as missing", stacklevel=4)
+    return frame.with_columns(number)
 
 # %% ../../nbs/data/10_records.ipynb #5ed07b43
 def _ids(given: Sequence[Any] | None, n: int) -> tuple[list[str], list[str | None]]:
@@ -557,33 +725,46 @@ def _ids(given: Sequence[Any] | None, n: int) -> tuple[list[str], list[str | Non
     return ids, reasons
 
 # %% ../../nbs/data/10_records.ipynb #6d4e68bb
-def _build(values: Sequence[Any], rest: pl.DataFrame, domain: str, targets: Mapping[str, str], ids: Sequence[Any] | None,
-           name: str, canonical: bool = True, jobs: int = 1) -> tuple[Records, Rejected]:
-    "Records and Rejected of raw structures `values` and the other columns `rest`."
-    parsed = parse_structures(values, domain, canonical, jobs)
-    rest, no_target = _clean_targets(rest, targets, len(values))
-    names, bad_id = _ids(ids, len(values))
+def _build(values: Sequence[Any] | None, rest: pl.DataFrame, domain: str, targets: Mapping[str, str], ids: Sequence[Any] | None, name: str,
+           canonical: bool = True, jobs: int = 1, conditions: Mapping[str, str] | None = None, basis: str = "") -> tuple[Records, Rejected]:
+    "Records and Rejected of raw structures `values` (None: the domain has none) and the other columns `rest`."
+    parsed = [()] * len(rest) if values is None else parse_structures(values, domain, canonical, jobs)
+    n, given = len(parsed), rest
+    rest, no_target = _clean_targets(_clean_conditions(rest, conditions or {}), targets, n, needed=values is not None)
+    names, bad_id = _ids(ids, n)
     why = [(p if isinstance(p, str) else None) or t or d for p, t, d in zip(parsed, no_target, bad_id, strict=True)]
     keep = [i for i, w in enumerate(why) if w is None]
     taken = {"id", *STRUCTURE[domain]}
-    if clash := sorted(taken & set(targets)): raise BadInput(f"a target must not be called {clash[0]!r}")
+    if clash := sorted(taken & {*targets, *(conditions or {})}): raise BadInput(f"a target must not be called {clash[0]!r}")
     rest = rest.rename({c: f"{c}_given" for c in rest.columns if c in taken})
     columns = zip(*(parsed[i] for i in keep), strict=True) if keep else [[] for _ in STRUCTURE[domain]]
     structure = [pl.Series(c, list(v), dtype=t) for (c, t), v in zip(STRUCTURE[domain].items(), columns, strict=True)]
     frame = pl.DataFrame([pl.Series("id", [names[i] for i in keep], dtype=pl.String), *structure])
     frame = frame.hstack(rest[keep].get_columns()) if rest.width else frame
-    rejected = Rejected([(names[i], i, values[i], w) for i, w in enumerate(why) if w is not None])
-    return Records(frame, domain, dict(targets), name, canonical=canonical and domain == "molecule"), rejected
+    rejected = Rejected([(names[i], i, given.row(i) if values is None else values[i], w) for i, w in enumerate(why) if w is not None])
+    return Records(frame, domain, dict(targets), name, canonical=domain in ("mixture", "reaction") or canonical and domain == "molecule",
+                   conditions=dict(conditions or {}), basis=basis), rejected
 
 # %% ../../nbs/data/10_records.ipynb #53848a27
-def _from_values(values: Iterable[Any], domain: str, targets: Mapping[str, Sequence[Any]] | None, units: Mapping[str, str] | None,
-                 ids: Sequence[Any] | None, name: str, canonical: bool = True, jobs: int = 1) -> tuple[Records, Rejected]:
+def from_values(
+    values: Iterable[Any],                               # structures: text, Crystals, Mixtures, Atoms … as the domain has them
+    domain: str,
+    targets: Mapping[str, Sequence[Any]] | None = None,  # column → values
+    units: Mapping[str, str] | None = None,              # column → unit
+    ids: Sequence[Any] | None = None,                    # None: row numbers
+    name: str = "",
+    canonical: bool = True,                              # rewrite as canonical SMILES
+    jobs: int = 1,                                       # processes
+    basis: str = "",                                     # of a mixture's fractions, see `BASES`
+) -> tuple[Records, Rejected]:
+    "Records of any domain that has structures."
     values = list(values)
+    if not STRUCTURE[pick(domain, STRUCTURE, "domain")]: raise BadInput(f"{domain} records have no structures; make them with from_frame(frame, None, {domain!r})")
     for u in units or {}: pick(u, targets or {}, "target (in units)")
     columns = [_as_series(c, v) for c, v in (targets or {}).items()]
     for c in columns:
         if len(c) != len(values): raise BadInput(f"target {c.name!r} has {len(c)} values for {len(values)} structures")
-    return _build(values, pl.DataFrame(columns), domain, {c.name: (units or {}).get(c.name, "") for c in columns}, ids, name, canonical, jobs)
+    return _build(values, pl.DataFrame(columns), domain, {c.name: (units or {}).get(c.name, "") for c in columns}, ids, name, canonical, jobs, basis=basis)
 
 # %% ../../nbs/data/10_records.ipynb #446bfeec
 def molecules(
@@ -596,7 +777,7 @@ def molecules(
     jobs: int = 1,                                       # processes
 ) -> tuple[Records, Rejected]:
     "Molecules from SMILES."
-    return _from_values(smiles, "molecule", targets, units, ids, name, canonical, jobs)
+    return from_values(smiles, "molecule", targets, units, ids, name, canonical, jobs)
 
 # %% ../../nbs/data/10_records.ipynb #dd7fc272
 def crystals(
@@ -608,7 +789,7 @@ def crystals(
     jobs: int = 1,                                       # processes
 ) -> tuple[Records, Rejected]:
     "Crystals from text or objects."
-    return _from_values(structures, "crystal", targets, units, ids, name, jobs=jobs)
+    return from_values(structures, "crystal", targets, units, ids, name, jobs=jobs)
 
 # %% ../../nbs/data/10_records.ipynb #d80e9e5b
 def compositions(
@@ -620,7 +801,7 @@ def compositions(
     jobs: int = 1,                                       # processes
 ) -> tuple[Records, Rejected]:
     "Compositions from formulas."
-    return _from_values(formulas, "composition", targets, units, ids, name, jobs=jobs)
+    return from_values(formulas, "composition", targets, units, ids, name, jobs=jobs)
 
 # %% ../../nbs/data/10_records.ipynb #7a9a90d5
 def _decode(data: bytes, path: Path) -> str:
@@ -638,19 +819,21 @@ def _bytes(path: Path) -> bytes:
 
 # %% ../../nbs/data/10_records.ipynb #e4cf0442
 def read_frame(
-    path: str | os.PathLike,   # .csv, .tsv, .json, .jsonl (any of them also .gz) or .parquet
+    path: str | os.PathLike,   # .csv, .tsv, .json, .jsonl, .extxyz (any of them also .gz), .parquet or .npz
     limit: int | None = None,  # at most so many rows
 ) -> pl.DataFrame:
     "The raw table; CSV columns stay text."
     path = Path(path)
-    kind = pick(path.name.lower().removesuffix(".gz").rsplit(".", 1)[-1], ["csv", "tsv", "txt", "json", "jsonl", "parquet"], "kind of table file")
+    kind = pick(path.name.lower().removesuffix(".gz").rsplit(".", 1)[-1], ["csv", "tsv", "txt", "json", "jsonl", "extxyz", "parquet", "npz"], "kind of table file")
     data = _bytes(path)
     if not data.strip(): raise BadInput(f"{path} is empty")
     try:
         if kind == "parquet": return pl.read_parquet(io.BytesIO(data), n_rows=limit)
+        if kind == "npz": return _read_npz(data).slice(0, limit)
         text = _decode(data, path)
-        if kind == "json": frame = pl.DataFrame(json.loads(text), strict=False, infer_schema_length=None)
-        elif kind == "jsonl": frame = pl.DataFrame([json.loads(ln) for ln in text.splitlines() if ln.strip()], strict=False, infer_schema_length=None)
+        if kind == "extxyz": return _read_extxyz(text, limit)
+        if kind == "json": frame = pl.DataFrame(_json_rows(json.loads(text)), strict=False, infer_schema_length=None)
+        elif kind == "jsonl": frame = pl.DataFrame(_json_rows([json.loads(ln) for ln in text.splitlines() if ln.strip()]), strict=False, infer_schema_length=None)
         else: return _read_csv(text, "\t" if kind == "tsv" else None, limit)
         return frame if limit is None else frame.head(limit)
     except BadInput: raise
@@ -662,11 +845,54 @@ def _read_csv(text: str, separator: str | None, limit: int | None) -> pl.DataFra
     sep = separator or max(",;\t", key=lambda c: (first.count(c), c == ","))
     return pl.read_csv(io.StringIO(text), separator=sep, infer_schema=False, n_rows=limit, truncate_ragged_lines=True)
 
+def _json_rows(content: Any) -> Any:
+    "The list of rows: the document itself or its only list of objects. An object within a row stays JSON text, since its keys are often names of its own."
+    if isinstance(content, dict):
+        lists = [v for v in content.values() if isinstance(v, list) and v and isinstance(v[0], dict)]
+        if len(lists) == 1: content = lists[0]
+    if not isinstance(content, list) or not all(isinstance(r, dict) for r in content): return content
+    return [{k: json.dumps(v, ensure_ascii=False) if isinstance(v, dict) else v for k, v in r.items()} for r in content]
+
+# %% ../../nbs/data/10_records.ipynb #5046d2b4
+def _column(name: str, a: np.ndarray) -> pl.Series:
+    "An array of any rank as a column of (lists of lists of) numbers or words."
+    if a.dtype.kind == "U": return pl.Series(name, a.tolist())
+    s = pl.Series(name, a.astype(np.float32) if a.dtype == np.float16 else a)
+    dtype: Any = s.dtype
+    while isinstance(dtype, pl.Array): dtype = dtype.inner
+    for _ in range(a.ndim - 1): dtype = pl.List(dtype)
+    return s.cast(dtype)
+
+def _read_npz(data: bytes) -> pl.DataFrame:
+    with np.load(io.BytesIO(data), allow_pickle=False) as z: arrays = {k: z[k] for k in z.files}
+    n = Counter(len(a) for a in arrays.values() if a.ndim).most_common(1)[0][0]
+    columns = []
+    for k, a in arrays.items():
+        if k.endswith("_row") and k.removesuffix("_row") in arrays: continue
+        if a.ndim and len(a) == n: columns.append(_column(k, a))
+        elif f"{k}_row" in arrays:
+            at = dict(zip(arrays[f"{k}_row"].tolist(), range(len(a)), strict=True))
+            columns.append(_column(k, a).gather(pl.Series([at.get(i) for i in range(n)], dtype=pl.UInt32)))
+        else: columns.append(pl.concat([_column(k, a[None])] * n))
+    return pl.DataFrame(columns)
+
+# %% ../../nbs/data/10_records.ipynb #54c5c163
+def _read_extxyz(text: str, limit: int | None) -> pl.DataFrame:
+    "One row per configuration: numbers, positions, lattice, and what else is known of its atoms (flat lists) and of the whole."
+    from ase.io import read
+    rows: list[dict[str, Any]] = []
+    for a in read(io.StringIO(text), index=slice(None, limit), format="extxyz"):
+        known = {**a.arrays, **a.info, **(a.calc.results if a.calc else {})}
+        plain = {k: np.ravel(v).tolist() if isinstance(v, np.ndarray) else v for k, v in known.items() if k not in ("numbers", "positions")}
+        rows.append({"numbers": a.numbers.tolist(), "positions": a.positions.ravel().tolist(), "lattice": a.cell.array.ravel().tolist() if a.pbc.any() else [], **plain})
+    return pl.DataFrame(rows, strict=False, infer_schema_length=None)
+
 # %% ../../nbs/data/10_records.ipynb #aa815d82
 NAMES: dict[str, tuple[str, ...]] = {  # how structure columns are usually called, best first
     "molecule": ("smiles", "canonical_smiles", "canonicalsmiles", "smile", "mol"),
     "crystal": ("cif", "poscar", "structure"),
     "composition": ("composition", "formula", "pretty_formula", "reduced_formula"),
+    "reaction": ("reaction_smiles", "rxn_smiles", "rxn"),
 }
 
 def find_structure(
@@ -684,39 +910,46 @@ def find_structure(
 # %% ../../nbs/data/10_records.ipynb #4ed6c3f5
 def from_frame(
     frame: Any,                      # a polars or pandas table
-    structure: str,                  # the column with SMILES, CIF or POSCAR text, or formulas
-    domain: str,                     # "molecule", "crystal" or "composition"
+    structure: str | None,           # the column with SMILES, CIF or POSCAR text, formulas or reactions; None: the domain's own columns (`STRUCTURE`) hold it
+    domain: str,                     # a key of `STRUCTURE`
     targets: Mapping[str, str] | Sequence[str] = (),  # column → unit, or just names
     ids: str | None = None,          # the column with ids; None: `id` if there is one, else row numbers
     name: str = "",
     canonical: bool = True,
     jobs: int = 1,                   # processes
+    conditions: Mapping[str, str] | Sequence[str] = (),  # column → unit, or just names
+    basis: str = "",                 # of a mixture's fractions, see `BASES`
 ) -> tuple[Records, Rejected]:
     "Records from a table; its other columns are kept."
     frame = frame if isinstance(frame, pl.DataFrame) else pl.from_pandas(frame)
-    chosen = dict(targets) if isinstance(targets, Mapping) else {c: "" for c in targets}
-    for c, what in [(structure, "structure column"), *((t, "target column") for t in chosen), *([(ids, "id column")] if ids else [])]:
+    chosen, set_to = ({c: "" for c in named} if not isinstance(named, Mapping) else dict(named) for named in (targets, conditions))
+    own = [c for c in STRUCTURE[pick(domain, STRUCTURE, "domain")] if c in frame.columns]
+    asked = [structure] if structure else list(STRUCTURE[domain])[:1]
+    for c, what in [*((s, "structure column") for s in asked), *((t, "target column") for t in chosen), *((t, "condition column") for t in set_to), *([(ids, "id column")] if ids else [])]:
         pick(c, frame.columns, what)
+    values: Any = frame[structure].to_list() if structure else None
+    if values is None and own: values = frame[own[0]].to_list() if len(STRUCTURE[domain]) == 1 else frame.select(own).rows(named=True)
     ids = ids or ("id" if "id" in frame.columns and structure != "id" and "id" not in chosen else None)
-    rest = frame.drop({structure, *([ids] if ids else [])} - set(chosen))
-    return _build(frame[structure].to_list(), rest, pick(domain, STRUCTURE, "domain"), chosen, frame[ids].to_list() if ids else None, name, canonical, jobs)
+    rest = frame.drop({*([structure] if structure else own), *([ids] if ids else [])} - set(chosen))
+    return _build(values, rest, domain, chosen, frame[ids].to_list() if ids else None, name, canonical, jobs, set_to, basis)
 
 # %% ../../nbs/data/10_records.ipynb #e611f164
 def read_table(
     path: str | os.PathLike,
-    structure: str | None = None,   # structure column; None: recognised by its name
+    structure: str | None = None,   # structure column; None: recognised by its name, or the domain's own columns
     targets: Mapping[str, str] | Sequence[str] | None = None,  # column → unit, or just names; None: no targets
     domain: str | None = None,      # None: follows from the structure column's name
     ids: str | None = None,         # the column with ids
     name: str = "",                 # empty: the file's name
     limit: int | None = None,       # at most so many rows
     jobs: int = 1,                  # processes
+    conditions: Mapping[str, str] | Sequence[str] = (),  # column → unit, or just names
 ) -> tuple[Records, Rejected]:
     "Records from a file."
     frame = read_frame(path, limit)
     if not len(frame): raise BadInput(f"{path} has a header but no rows")
-    if structure is None: structure, domain = find_structure(frame.columns, domain)
+    if structure is None and (domain is None or domain in NAMES): structure, domain = find_structure(frame.columns, domain)
     if domain is None:
-        if structure in frame.columns: domain = find_structure([structure])[1]
-        else: raise UnknownName("structure column", structure, frame.columns)
-    return from_frame(frame, structure, domain, targets or {}, ids, name or Path(path).name.split(".")[0], jobs=jobs)
+        pick(structure or "", frame.columns, "structure column")
+        domain = find_structure([structure or ""])[1]
+    return from_frame(frame, structure, domain, targets or {}, ids, name or Path(path).name.split(".")[0], jobs=jobs, conditions=conditions)

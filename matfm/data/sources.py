@@ -13,44 +13,55 @@ import hashlib
 import html
 import json
 import os
+import re
 import time
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from urllib.parse import quote, urlparse
 from urllib.request import url2pathname
+from typing import Any
 
 # %% auto #0
-__all__ = ['PAUSES', 'Source', 'catalogue', 'source', 'card', 'listing', 'verify', 'download', 'fetch', 'load_with_rejected',
-           'load', 'load_frame']
+__all__ = ['BUILD_KEYS', 'PAUSES', 'BUILDERS', 'Source', 'catalogue', 'source', 'card', 'listing', 'verify', 'download', 'fetch',
+           'load_with_rejected', 'load', 'load_frame']
 
 # %% ../../nbs/data/11_sources.ipynb #8785642e
 import numpy as np
 import polars as pl
 import matfm
 from ..core import BadInput, ChecksumMismatch, DataUnavailable, Spec, atomic_write, pick, sha256_file
-from .records import Records, Rejected, check_target_unit, from_frame, read_frame
+from .records import BASES, NUMBERS, STRUCTURE, Records, Rejected, check_target_unit, from_frame, read_frame
 from ..settings import Settings, load_settings
+
+# %% ../../nbs/data/11_sources.ipynb #c1de74cf
+BUILD_KEYS: dict[str, tuple[str, ...]] = {  # what an entry's `build` may say, by domain; its functions are in `BUILDERS`
+    "mixture": ("parts", "compounds", "absent", "marks", "whole"), "reaction": ("reactants", "agents", "product"),
+    "atoms": ("rename", "symbols", "positions", "lattice"), "molecule": ("value", "over", "names"), "text": ("words", "heading"),
+}
 
 # %% ../../nbs/data/11_sources.ipynb #29704cdc
 @dataclass(frozen=True)
 class Source(Spec):
     "One data set: what it holds, where it is, who made it, under which terms."
     name: str
-    domain: str                  # "molecule", "crystal", "composition"; or "reaction", "text", "table"
+    domain: str                  # a key of `STRUCTURE`: "molecule", "crystal", "mixture" …
     file: str                    # path below the mirror's root; `data/…` for the sets that come with matfm
     rows: int = 0
     bytes: int = 0
     sha256: str = ""             # of the file
     content_sha256: str = ""     # of what is inside, if the file is compressed
     task: str = ""
-    structure: str = ""          # column with SMILES, CIF, POSCAR or formula; empty: there is none
+    structure: str = ""          # column with SMILES, CIF, POSCAR, formula or reaction; empty: see `build`, or there is none
+    build: dict[str, Any] = field(default_factory=dict)    # how columns make a structure, see `BUILDERS`
     targets: dict[str, str] = field(default_factory=dict)  # column → unit
-    ids: str = ""                # column with unique ids
+    conditions: dict[str, str] = field(default_factory=dict)  # column of what was set → unit
+    basis: str = ""              # of a mixture's fractions: "mole", "mass", "volume"; empty: not stated
+    ids: str = ""                # column with unique ids; empty: row numbers
     split: str = ""              # column with the official split or test fold
     units: str = ""              # what the source says about units
     source: str = ""             # where the mirror's copy comes from
@@ -62,7 +73,9 @@ class Source(Spec):
     ordered: bool = False        # rows are sorted, so that a limit takes a random sample instead of the first rows
 
     def check(self) -> None:
-        pick(self.domain, ["molecule", "crystal", "composition", "reaction", "text", "table"], "domain")
+        pick(self.domain, STRUCTURE, "domain")
+        pick(self.basis, BASES, "basis of fractions")
+        for k in self.build: pick(k, BUILD_KEYS.get(self.domain, ()), f"part of the build of a {self.domain}")
         if Path(self.file).is_absolute() or ".." in Path(self.file).parts: raise BadInput(f"{self.name}: file must be a path below the mirror's root")
 
     @property
@@ -87,12 +100,14 @@ def source(
     return _catalogue()[pick(name, _catalogue(), "data set")]
 
 # %% ../../nbs/data/11_sources.ipynb #ad0a5783
+def _with_units(columns: Mapping[str, str]) -> str:
+    return ", ".join(f"{c} [{u}]" if u else c for c, u in list(columns.items())[:8]) + (f" … {len(columns)} in all" if len(columns) > 8 else "")
+
 def _facts(s: Source) -> dict[str, str]:
     "What a card shows, label → text."
-    targets = ", ".join(f"{c} [{u}]" if u else c for c, u in list(s.targets.items())[:8]) + (f" … {len(s.targets)} in all" if len(s.targets) > 8 else "")
-    facts = {"holds": f"{s.rows:,} rows, {s.domain}, {s.task}" if s.rows else f"{s.domain}, {s.task}", "targets": targets, "units": s.units,
-             "structure": s.structure, "official split": s.split, "licence": s.licence, "cite": s.citation, "original": s.url, "source": s.source,
-             "file": f"{s.file} ({s.bytes / 1e6:.2f} MB)" if s.bytes else s.file, "sha256": s.sha256, "note": s.note}
+    facts = {"holds": f"{s.rows:,} rows, {s.domain}, {s.task}" if s.rows else f"{s.domain}, {s.task}", "targets": _with_units(s.targets), "conditions": _with_units(s.conditions),
+             "units": s.units, "structure": s.structure, "fractions": f"by {s.basis}" if s.basis else "", "official split": s.split, "licence": s.licence, "cite": s.citation,
+             "original": s.url, "source": s.source, "file": f"{s.file} ({s.bytes / 1e6:.2f} MB)" if s.bytes else s.file, "sha256": s.sha256, "note": s.note}
     return {k: v for k, v in facts.items() if v}
 
 def _card(s: Source) -> str: return "\n".join([s.name, *(f"  {k + ':':15} {v}" for k, v in _facts(s).items())])
@@ -111,9 +126,11 @@ def card(
 
 def listing(
     domain: str | None = None,  # only this kind
+    task: str | None = None,    # only tasks with this word in their description, e.g. "regression"
 ) -> pl.DataFrame:
     "The catalogue as a table."
-    chosen = [s for s in _catalogue().values() if domain in (None, s.domain)]
+    if domain: pick(domain, STRUCTURE, "domain")
+    chosen = [s for s in _catalogue().values() if domain in (None, s.domain) and (task or "").lower() in s.task.lower()]
     return pl.DataFrame([(s.name, s.domain, s.rows, s.task, ", ".join(s.targets)[:60], s.licence) for s in chosen], orient="row",
                         schema={"name": pl.String, "domain": pl.String, "rows": pl.Int64, "task": pl.String, "targets": pl.String, "licence": pl.String})
 
@@ -151,7 +168,7 @@ def _retried(url: str, into: Path) -> None:
     for pause in (*PAUSES, None):
         try: return _stream(url, into)
         except httpx.HTTPStatusError as e:
-            if e.response.status_code < 500 or pause is None: raise
+            if (e.response.status_code < 500 and e.response.status_code != 429) or pause is None: raise
         except httpx.HTTPError:
             if pause is None: raise
         time.sleep(pause)
@@ -237,20 +254,111 @@ def fetch(
         found = way()
         if isinstance(found, Path): return found
         tried.append(found)
+    online = ", or connect to the internet" if any(t.startswith("http") for t in tried) else ""
     raise DataUnavailable(f"{s.name} is not in the cache ({cached}); mirror: {tried[0]}; internet: {tried[1]}. Set MATFM_DATA_MIRROR, or `[data] mirror` "
-                          f"in settings.ini, to a folder or URL that holds {s.file}, or connect to the internet" + (f"; the original is at {s.url}" if s.url else ""))
+                          f"in settings.ini, to a folder or URL that holds {s.file}{online}" + (f"; the original is at {s.url or s.source}" if s.url or s.source else ""))
+
+# %% ../../nbs/data/11_sources.ipynb #4514aafb
+_NUMBERS_LISTED = re.compile(r"\[[-+\d\s.,enaE]*\]")
+
+def _listed(cell: Any, absent: Sequence[str] = ("", "nan")) -> list[Any]:
+    "A cell as a list: a list of numbers is written in brackets; anything else is one value, None if it is absent."
+    text = "" if cell is None else str(cell).strip()
+    if _NUMBERS_LISTED.fullmatch(text): return list(json.loads(text.replace("nan", "NaN")))
+    return [None if text in absent else text]
+
+def _formulation(text: str) -> tuple[list[str], list[str]]:
+    "Names and amounts of `<formulation_start>name<sep>amount<sep>…<formulation_end>`."
+    words = re.sub(r"<formulation_(?:start|end)>|<smiles>", "", text or "").split("<sep>")
+    return words[::2], words[1::2]
+
+# %% ../../nbs/data/11_sources.ipynb #7dd6af69
+def _group(
+    row: Mapping[str, Any],
+    group: Mapping[str, Any],   # smiles (columns), fractions (columns), role; or formulation (a column)
+    build: Mapping[str, Any],
+    compounds: Mapping[str, str],  # number of a compound → SMILES
+) -> tuple[list[Any], list[Any], list[str]]:
+    "Names, fractions and roles of the parts that some of a row's columns hold."
+    absent = ("", "nan", *build.get("absent", ()))
+    if "formulation" in group: names, fractions = _formulation(row[group["formulation"]])
+    else: names, fractions = ([x for c in group.get(k, ()) for x in _listed(row[c], absent)] for k in ("smiles", "fractions"))
+    here = [k for k, x in enumerate(names) if x is not None]
+    if len(fractions) == len(names): fractions = [fractions[k] for k in here]
+    elif len(fractions) > len(here): fractions = [x for x in fractions if x is not None and float(x) != 0]
+    known = [compounds.get(f"{float(names[k]):g}", f"no compound {names[k]}") if compounds else names[k] for k in here]
+    for mark in build.get("marks", ()): known = [x.replace(mark, "*") for x in known]
+    return known, [None if x is None else float(x) / build.get("whole", 1) for x in fractions] or [None] * len(known), [group.get("role", "")] * len(known)
+
+# %% ../../nbs/data/11_sources.ipynb #7d814598
+def _mixtures(frame: pl.DataFrame, build: Mapping[str, Any], compounds: Mapping[str, str]) -> pl.DataFrame:
+    used = {c: None for g in build["parts"] for c in (*g.get("smiles", ()), *g.get("fractions", ()), *([g["formulation"]] if "formulation" in g else []))}
+    groups = [[_group(row, g, build, compounds) for g in build["parts"]] for row in frame.select(*used).rows(named=True)]
+    made = {c: [[x for g in row for x in g[k]] for row in groups] for k, c in enumerate(STRUCTURE["mixture"])}
+    return frame.drop(*used).with_columns(pl.Series(c, v, dtype=STRUCTURE["mixture"][c]) for c, v in made.items())
+
+def _reactions(frame: pl.DataFrame, build: Mapping[str, Any], compounds: Mapping[str, str]) -> pl.DataFrame:
+    sides = [build.get(k, []) for k in ("reactants", "agents", "product")]
+    joined = [pl.concat_str(s, separator=".", ignore_nulls=True) if s else pl.lit("") for s in sides]
+    return frame.with_columns(pl.concat_str(joined, separator=">").alias("reaction")).drop(c for s in sides for c in s)
+
+# %% ../../nbs/data/11_sources.ipynb #abff0ab8
+def _flat_json(cell: Any) -> list[Any] | None:
+    "The numbers or words of a JSON list, lists within it unpacked; None if it is no such list."
+    try: return np.ravel(json.loads(cell)).tolist()
+    except (TypeError, ValueError): return None
+
+def _configurations(frame: pl.DataFrame, build: Mapping[str, Any], compounds: Mapping[str, str]) -> pl.DataFrame:
+    frame = frame.rename({k: v for k, v in build.get("rename", {}).items() if k in frame.columns})
+    if "symbols" not in build: return frame
+    read = {k: [_flat_json(v) for v in frame[build[k]]] for k in ("symbols", "positions", "lattice")}
+    numbers = [None if s is None else [NUMBERS.get(x, 0) for x in s] for s in read["symbols"]]
+    return frame.drop(build[k] for k in read).with_columns(pl.Series("numbers", numbers), *(pl.Series(k, read[k], dtype=pl.List(pl.Float64)) for k in ("positions", "lattice")))
+
+# %% ../../nbs/data/11_sources.ipynb #cc198d92
+def _spread(frame: pl.DataFrame, build: Mapping[str, Any], compounds: Mapping[str, str]) -> pl.DataFrame:
+    one = pl.col(build["value"])
+    return frame.with_columns(pl.when(pl.col(build["over"]) == k).then(one).alias(k) for k in build["names"]).drop(build["value"])
+
+def _sections(frame: pl.DataFrame, build: Mapping[str, Any], compounds: Mapping[str, str]) -> pl.DataFrame:
+    heading = pl.when(pl.col("line").str.starts_with(":")).then(pl.col("line").str.strip_chars(": ")).forward_fill().alias(build["heading"])
+    lines = frame.with_columns(heading).filter(~pl.col("line").str.starts_with(":") & (pl.col("line") != ""))
+    words = pl.col("line").str.split_exact(" ", len(build["words"]) - 1).struct.rename_fields(build["words"]).struct.unnest()
+    return lines.select(build["heading"], words)
+
+BUILDERS: dict[str, Callable[[pl.DataFrame, Mapping[str, Any], Mapping[str, str]], pl.DataFrame]] = {
+    "mixture": _mixtures, "reaction": _reactions, "atoms": _configurations, "molecule": _spread, "text": _sections}
 
 # %% ../../nbs/data/11_sources.ipynb #4a485adb
 def _raw(s: Source, path: Path, limit: int | None) -> pl.DataFrame:
+    "The file's rows as they stand."
+    if "words" in s.build: return pl.DataFrame({"line": gzip.decompress(path.read_bytes()).decode().splitlines()})
     frame = read_frame(path, None if s.ordered else limit)
     if not s.ordered or limit is None or limit >= len(frame): return frame
     return frame.with_row_index("row")[np.random.default_rng(0).permutation(len(frame))[:limit]].drop("row")
 
-def _parse(s: Source, path: Path, limit: int | None, jobs: int) -> tuple[Records, Rejected]:
+def _numbers(frame: pl.DataFrame) -> pl.DataFrame:
+    "Columns of text that hold nothing but numbers and blanks, as numbers."
+    numbers = [(c, frame[c].replace("", None).cast(pl.Float64, strict=False)) for c in frame.columns if frame.schema[c] == pl.String]
+    return frame.with_columns(x for c, x in numbers if x.null_count() == frame[c].replace("", None).null_count() and x.count())
+
+# %% ../../nbs/data/11_sources.ipynb #080b8790
+def _compounds(s: Source, settings: Settings) -> dict[str, str]:
+    "Number → SMILES from the table of compounds that belongs to a set of mixtures; of several columns the first that is not blank."
+    if "compounds" not in s.build: return {}
+    table, number, columns = (s.build["compounds"][k] for k in ("source", "number", "smiles"))
+    frame = read_frame(fetch(table, settings)).with_columns(pl.coalesce(pl.col(c).replace("", None) for c in columns).alias("smiles"))
+    return {f"{float(i):g}": smiles for i, smiles in frame.select(number, "smiles").rows()}
+
+def _parse(s: Source, path: Path, limit: int | None, jobs: int, settings: Settings) -> tuple[Records, Rejected]:
     frame = _raw(s, path, limit)
-    if not s.trusted: return from_frame(frame, s.structure, s.domain, s.targets, s.ids or None, s.name, jobs=jobs)
-    ids = pl.Series("id", np.arange(len(frame))).cast(pl.String)
-    return Records(frame.rename({s.structure: "smiles"}).insert_column(0, ids), s.domain, s.targets, s.name, canonical=True), Rejected.empty()
+    if s.trusted:
+        ids = pl.Series("id", np.arange(len(frame))).cast(pl.String)
+        return Records(frame.rename({s.structure: "smiles"}).insert_column(0, ids), s.domain, s.targets, s.name, canonical=True), Rejected.empty()
+    if s.build: frame = BUILDERS[s.domain](frame, s.build, _compounds(s, settings)).slice(0, limit)
+    if not s.structure and ".csv" in path.name: frame = _numbers(frame)
+    if not s.ids and "id" in frame.columns: frame = frame.rename({"id": "id_given"})
+    return from_frame(frame, s.structure or None, s.domain, s.targets, s.ids or None, s.name, jobs=jobs, conditions=s.conditions, basis=s.basis)
 
 # %% ../../nbs/data/11_sources.ipynb #ea57e746
 def _cached_parse(s: Source, path: Path, settings: Settings, jobs: int) -> tuple[Records, Rejected]:
@@ -259,7 +367,7 @@ def _cached_parse(s: Source, path: Path, settings: Settings, jobs: int) -> tuple
     good, bad = base.with_name(base.name + ".parquet"), base.with_name(base.name + ".rejected.parquet")
     try: return Records.load(good), Rejected(pl.read_parquet(bad))
     except (BadInput, OSError, pl.exceptions.PolarsError): pass
-    records, rejected = _parse(s, path, None, jobs)
+    records, rejected = _parse(s, path, None, jobs, settings)
     try:
         with atomic_write(bad) as tmp: rejected.frame.write_parquet(tmp)
         records.save(good)
@@ -288,10 +396,9 @@ def load_with_rejected(
         records = replace(records, targets=_chosen(records.targets, targets))
         return (records if limit is None else records.take(range(min(limit, len(records))))), Rejected.empty()
     s = s.replace(targets=_chosen(s.targets, targets))
-    if not s.structure: raise BadInput(f"{s.name} ({s.task}) has no single structure column: use load_frame({s.name!r}), or fetch({s.name!r}) for the file")
     if jobs is None: jobs = min(os.cpu_count() or 1, 8) if limit is None and s.rows > 20_000 else 1
-    records, rejected = _parse(s, path, limit, jobs) if limit is not None or s.trusted else _cached_parse(s, path, settings, jobs)
-    return replace(records, licence=s.licence, citation=s.citation), rejected
+    records, rejected = _parse(s, path, limit, jobs, settings) if limit is not None or s.trusted else _cached_parse(s, path, settings, jobs)
+    return replace(records, targets=s.targets, conditions=s.conditions, licence=s.licence, citation=s.citation), rejected
 
 # %% ../../nbs/data/11_sources.ipynb #bec62a69
 def load(
@@ -315,11 +422,8 @@ def load_frame(
     limit: int | None = None,          # at most so many rows
     settings: Settings | None = None,  # None: the workspace's
 ) -> pl.DataFrame:
-    "The plain table as it stands in the file, columns of numbers as numbers."
+    "The plain table as it stands in the file; columns of numbers in a CSV as numbers."
     s = source(name) if isinstance(name, str) else name
     path = fetch(s, settings)
-    if not path.name.endswith((".csv.gz", ".csv", ".parquet")):
-        raise BadInput(f"{s.name} is no table: read {path} with numpy (.npz), ase.io.read (.extxyz) or json; {s.note}")
-    frame = read_frame(path, limit)
-    numbers = [(c, frame[c].replace("", None).cast(pl.Float64, strict=False)) for c in frame.columns if frame.schema[c] == pl.String]
-    return frame.with_columns(n for c, n in numbers if n.null_count() == frame[c].replace("", None).null_count() and n.count())
+    frame = _raw(s, path, limit).slice(0, limit)
+    return _numbers(frame) if ".csv" in path.name else frame

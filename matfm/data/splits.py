@@ -11,6 +11,7 @@ import html
 import json
 import logging
 import os
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -21,18 +22,19 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from ..core import BadInput, Spec, atomic_write, pick
+from ..core import BadInput, Spec, atomic_write, pick, sha256_text
 from .records import STRUCTURE, Records, parse_formula, parse_structures
 from .redundancy import Fingerprints, morgan_bits, sweep
-from .sources import load, source
+from .sources import catalogue, load, source
 from ..registry import splitters
 
 # %% auto #0
 __all__ = ['PARTS', 'PROMISES', 'TWINS', 'TOGETHER', 'PART_NAMES', 'TWINS_BY', 'Split', 'promise', 'straddling', 'split_card',
-           'split_html', 'group_split', 'space_group', 'identities', 'molecule_key', 'group_keys', 'random_split',
-           'strata_of', 'stratified_split', 'times_of', 'time_split', 'murcko_scaffold', 'scaffold_split',
-           'butina_clusters', 'butina_split', 'chemical_system', 'composition_split', 'column_split', 'fold_split',
-           'checked', 'without_twins', 'official_split', 'default_split', 'leakage', 'LeakageReport', 'leakage_report']
+           'split_html', 'group_split', 'space_group', 'reaction_key', 'identities', 'molecule_key', 'group_keys',
+           'random_split', 'strata_of', 'stratified_split', 'times_of', 'time_split', 'murcko_scaffold',
+           'scaffold_split', 'butina_clusters', 'butina_split', 'chemical_system', 'composition_split', 'column_split',
+           'fold_split', 'checked', 'without_twins', 'official_split', 'default_split', 'leakage', 'LeakageReport',
+           'leakage_report']
 
 # %% ../../nbs/data/14_splits.ipynb #8cf34522
 PARTS = ("train", "valid", "test")
@@ -86,7 +88,8 @@ PROMISES = {
     "butina": "molecules of one similarity cluster stay together, identical ones and stereoisomers with them",
     "composition": "materials of one {by} stay together, polymorphs and identical ones with them",
     "group": "the groups that were given stay together", "fold": "identical rows of train and valid stay together, test is as published"}
-TWINS = {"stereoisomers": "stereoisomers", "tautomers": "tautomers and stereoisomers", "polymorphs": "polymorphs and identical materials"}
+TWINS = {"stereoisomers": "stereoisomers", "tautomers": "tautomers and stereoisomers", "polymorphs": "polymorphs and identical materials",
+         "components": "mixtures of the same components"}
 
 def promise(split: Split) -> str:
     "What the split's method keeps on one side, in words."
@@ -181,10 +184,34 @@ def _fraction_key(formula: str) -> str:
     total = sum(amounts.values())
     return " ".join(f"{s}{amounts[s] / total:.5f}" for s in sorted(amounts))
 
+# %% ../../nbs/data/14_splits.ipynb #d6ad4e04
+def reaction_key(
+    reaction: str,  # reactants>agents>product, canonical; with or without atom maps
+) -> str:
+    "Reactants and product without atom maps, in sorted order; agents are left out."
+    sides = re.split(r"(?<!-)>", reaction)
+    if re.search(r":\d+\]", reaction):
+        from rdkit import Chem
+        mols = [Chem.MolFromSmiles(s) for s in (sides[0], sides[2])]
+        for m in mols:
+            for a in m.GetAtoms(): a.SetAtomMapNum(0)
+        sides[::2] = [Chem.CanonSmiles(Chem.MolToSmiles(m)) for m in mols]
+    return ">>".join(".".join(sorted(s.split("."))) for s in (sides[0], sides[2]))
+
+def _content(records: Records) -> list[str]:
+    "A digest of every row's structure; of one without structure the row without its id, its targets and the column of its official split."
+    known = catalogue().get(records.name)
+    left = list(STRUCTURE[records.domain]) or [c for c in records.frame.columns if c not in {"id", *records.targets, known.split if known else ""}]
+    if not left: return records.ids
+    return [sha256_text(t)[:16] for t in records.frame.select(pl.struct(left).struct.json_encode()).to_series()]
+
 # %% ../../nbs/data/14_splits.ipynb #eb2b05c9
 def identities(records: Records) -> list[str]:
-    "A key for every row; rows with the same key are the same molecule or material."
+    "A key for every row; rows with the same key are the same molecule, material, mixture, reaction or content."
     if records.domain == "composition": return [_fraction_key(f) for f in records.structures()]
+    if records.domain == "mixture": return [m.key for m in records.structures()]
+    if records.domain == "reaction": return [reaction_key(r) for r in records.structures()]
+    if records.domain not in ("molecule", "crystal"): return _content(records)
     if records.domain == "molecule":
         smiles = records.structures()
         if records.canonical: return smiles
@@ -203,7 +230,8 @@ def _repeated(keys: Sequence[str]) -> list[int]:
     return [i for i, k in enumerate(keys) if counts[k] > 1]
 
 # %% ../../nbs/data/14_splits.ipynb #d7f83599
-TOGETHER = {"molecule": ("identical", "stereoisomers", "tautomers"), "crystal": ("polymorphs", "identical"), "composition": ("identical",)}  # the first is the default
+TOGETHER = {"molecule": ("identical", "stereoisomers", "tautomers"), "crystal": ("polymorphs", "identical"), "composition": ("identical",),
+            "mixture": ("identical", "components"), "reaction": ("identical",), "atoms": ("identical",), "table": ("identical",), "text": ("identical",)}  # the first is the default
 
 def molecule_key(
     smiles: str,
@@ -221,12 +249,13 @@ def molecule_key(
 # %% ../../nbs/data/14_splits.ipynb #089aa0d2
 def group_keys(
     records: Records,
-    together: str | None = None,  # "identical"; molecules: "stereoisomers", "tautomers"; crystals: "polymorphs"; None: polymorphs for crystals, else identical
+    together: str | None = None,  # "identical"; molecules: "stereoisomers", "tautomers"; crystals: "polymorphs"; mixtures: "components"; None: polymorphs for crystals, else identical
 ) -> tuple[list[str], str]:       # keys [n], and which kind they are
     "A key for every row; rows with the same key must not be divided."
     kinds = TOGETHER[records.domain]
     kind = pick(together or kinds[0], kinds, f"kind of twins of {records.domain} records")
     if kind == "identical": return identities(records), kind
+    if kind == "components": return [".".join(sorted(set(m.components))) for m in records.structures()], kind
     if kind == "polymorphs": return [_fraction_key(f) for f in records.frame["formula"]], kind
     return [molecule_key(s, kind == "tautomers") for s in records.structures()], kind
 
@@ -413,7 +442,7 @@ def composition_split(
     by: str = "formula",                           # "formula" or "chemsys"
 ) -> Split:
     "Materials of one composition, or of one chemical system, stay together."
-    if records.domain == "molecule": raise BadInput("a composition split needs crystals or compositions, these are molecules")
+    if "formula" not in STRUCTURE[records.domain]: raise BadInput(f"a composition split needs crystals or compositions, these are {records.domain} records")
     key = {"formula": _fraction_key, "chemsys": chemical_system}[pick(by, ["formula", "chemsys"], "grouping")]
     split = group_split([key(f) for f in records.frame["formula"]], fractions, seed, records, "composition")
     return split.replace(parameters={**split.parameters, "by": by})
@@ -451,7 +480,8 @@ def fold_split(
     return _make("fold", parts, records, seed, column=column, fold=fold, valid=valid)
 
 # %% ../../nbs/data/14_splits.ipynb #a4e29f25
-TWINS_BY = {"molecule": "canonical SMILES", "composition": "element fractions", "crystal": "formula, space group and atoms in the primitive cell"}
+TWINS_BY = {"molecule": "canonical SMILES", "composition": "element fractions", "crystal": "formula, space group and atoms in the primitive cell",
+            "mixture": "components, fractions and roles", "reaction": "reactants and product", "atoms": "atoms, positions and lattice", **dict.fromkeys(("table", "text"), "the whole row")}
 
 def _twins_in(keys: Sequence[Hashable], rows: Sequence[int], other: Sequence[int]) -> int:
     known = {keys[i] for i in other}
@@ -492,17 +522,19 @@ def official_split(
     return checked(fold_split(records, which, column, valid, seed), records)
 
 def default_split(records: Records, seed: int = 0) -> Split:
-    "The official split where there is one with rows for train and test; else by scaffold (molecules) or by formula (materials)."
+    "The official split where there is one with rows for train and test; else by scaffold (molecules), by formula (materials), or random."
     try: official = official_split(records, seed=seed)
     except BadInput: official = None  # not catalogued, no split of its own, or its training part is missing
     if official and official.train and official.test: return official
-    return scaffold_split(records) if records.domain == "molecule" else composition_split(records, seed=seed)
+    if records.domain == "molecule": return scaffold_split(records)
+    return composition_split(records, seed=seed) if records.domain in ("crystal", "composition") else random_split(records, seed=seed)
 
 # %% ../../nbs/data/14_splits.ipynb #ba99d43b
 def _groupings(records: Records) -> dict[str, Callable[[], list[str]]]:
     "What can be shared between parts, by domain."
     same: dict[str, Callable[[], list[str]]] = {"identical": lambda: identities(records)}
     if records.domain == "molecule": return same | {"scaffold": lambda: [murcko_scaffold(s) for s in records.structures()]}
+    if "formula" not in STRUCTURE[records.domain]: return same
     formulas = records.frame["formula"]
     return same | {"formula": lambda: [_fraction_key(f) for f in formulas], "chemsys": lambda: [chemical_system(f) for f in formulas]}
 
@@ -523,7 +555,7 @@ def leakage(
 def _joint(a: Records, b: Records) -> Records:
     "The structures of both tables as one."
     if a.domain != b.domain: raise BadInput(f"cannot compare {a.domain} with {b.domain} records")
-    columns = list(STRUCTURE[a.domain])
+    columns = list(STRUCTURE[a.domain]) or [c for c in a.frame.columns if c != "id" and c not in {*a.targets, *b.targets} and c in b.frame.columns]
     frame = pl.concat([a.frame.select(columns), b.frame.select(columns)])
     return Records(frame.insert_column(0, pl.Series("id", np.arange(len(frame))).cast(pl.String)), a.domain, canonical=a.canonical and b.canonical)
 
@@ -570,6 +602,7 @@ def _matches(both: Records, n: int, similarity: float) -> dict[str, np.ndarray]:
         smiles = both.structures()
         return same | {"stereoisomer": _same_key([molecule_key(s) for s in smiles], n), "near_duplicate": _near_molecules(both, n, similarity),
                        "scaffold": _same_key([murcko_scaffold(s) for s in smiles], n)}
+    if both.domain not in ("crystal", "composition"): return same
     formulas = both.frame["formula"]
     near = _near_crystals(both, n) if both.domain == "crystal" else _near_compositions(both, n)
     return same | {"near_duplicate": near, "formula": _same_key([_fraction_key(f) for f in formulas], n), "chemsys": _same_key([chemical_system(f) for f in formulas], n)}
@@ -595,7 +628,8 @@ def leakage_report(
 ) -> LeakageReport:
     "How many rows of `test` are identical to, or nearly, or share scaffold or composition with, a row of `train`."
     both, n = _joint(train, test), len(train)
-    found, shown = _matches(both, n, similarity), both.frame[next(iter(STRUCTURE[both.domain])) if both.domain == "molecule" else "formula"].to_list()
+    found = _matches(both, n, similarity)
+    shown = [str(v)[:120] for v in both.frame["formula" if "formula" in both.frame.columns else both.frame.columns[1]].to_list()]
     counts = [(kind, int((m >= 0).sum()), float((m >= 0).mean()) if len(m) else 0.0) for kind, m in found.items()]
     rows = [(kind, train.ids[m[k]], shown[m[k]], test.ids[k], shown[n + k]) for kind, m in found.items() for k in np.flatnonzero(m >= 0)[:examples].tolist()]
     title = f"{test.name or 'test'} ({len(test):,} rows) against {train.name or 'train'} ({len(train):,} rows)"

@@ -82,7 +82,7 @@ def labels_of(
     symprec: float = 0.1,  # Å, of the space group
 ) -> list[tuple[str, ...]]:
     "The labels of every material; identical materials have the same ones."
-    if records.domain == "molecule": raise BadInput("these criteria are for crystals and compositions; for molecules there are scaffold_split, butina_split and cliff_split")
+    if records.domain not in ("crystal", "composition"): raise BadInput("these criteria are for crystals and compositions; for molecules there are scaffold_split, butina_split and cliff_split")
     if pick(by, CRITERIA, "criterion") in SYMMETRY and records.domain != "crystal": raise BadInput(f"the criterion {by} needs crystals, these are {records.domain} records")
     if by in ELEMENTAL: return [_elemental(f, by) for f in records.frame["formula"]]
     own = _single(records, by, symprec)
