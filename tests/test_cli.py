@@ -15,7 +15,7 @@ from matfm.run.results import ExperimentSpec, Metric, Result
 
 shell = CliRunner()
 GROUPS = [[], ["run"], ["pretrain"], ["finetune"], ["predict"], ["models"], ["card"], ["site"], ["lab"], ["runs"], ["runs", "list"], ["runs", "show"],
-          ["runs", "compare"], ["data"], ["data", "list"], ["data", "get"], ["data", "card"]]
+          ["runs", "compare"], ["data"], ["data", "list"], ["data", "get"], ["data", "card"], ["data", "read"]]
 
 
 def matfm(*arguments, code=0):

@@ -402,3 +402,11 @@ def test_json_rows_and_arrays(tmp_path):
     with pytest.raises(BadInput, match="cannot be read as npz"): read_frame(tmp_path / "o.npz")
     (tmp_path / "a.extxyz").write_text("2\nno atoms follow\n")
     with pytest.raises(BadInput, match="cannot be read as extxyz"): read_frame(tmp_path / "a.extxyz")
+
+
+def test_poscar_without_elements_is_refused():
+    named = "x\n1.0\n4 0 0\n0 4 0\n0 0 4\nNa Cl\n1 1\ndirect\n0 0 0\n0.5 0.5 0.5\n"
+    assert Crystal.from_poscar(named).formula == "NaCl"
+    with pytest.raises(BadInput, match="does not name its elements"): Crystal.from_poscar(named.replace("Na Cl\n", ""))
+    beside = named.replace("Na Cl\n", "").replace("0 0 0\n0.5 0.5 0.5", "0 0 0 Na\n0.5 0.5 0.5 Cl")
+    assert Crystal.from_poscar(beside).formula == "NaCl"

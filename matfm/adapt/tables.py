@@ -17,7 +17,8 @@ import numpy as np
 import polars as pl
 
 from ..core import BadInput, UnknownName, pick
-from ..data.records import Records, Rejected, find_structure, from_frame, read_frame
+from ..data.files import Reading, find_structures, kind_of, open_table, read
+from ..data.records import Records, Rejected, from_frame
 from ..data.splits import PARTS, Split
 from ..registry import baselines, encoders, objectives, splitters
 from ..run.results import ExperimentSpec, Metric, Recorder, Result, code_version, load_json, usable_cores
@@ -38,40 +39,39 @@ __all__ = ['DEFAULT_CHECKPOINT', 'DEFAULT_ENCODER', 'RATE', 'DEFAULT_SPLIT', 'FO
 
 # %% ../../nbs/adapt/67_tables.ipynb #462edcd1
 def structure_column(
-    columns: Sequence[str],      # of the table
+    frame: pl.DataFrame,
     smiles: str | None = None,   # column with SMILES, if said
     cif: str | None = None,      # column with CIF or POSCAR text, if said
     domain: str | None = None,   # what the model reads, if known
 ) -> tuple[str, str]:            # column and domain
-    "The structure column that was said, or the one recognised by its name."
+    "The structure column that was said, or the one recognised by its name and content."
     if smiles and cif: raise BadInput("give either smiles or cif, not both")
     said = smiles or cif
-    if said is None: return find_structure(columns, domain)
+    if said is None:
+        guess, found = find_structures(frame, None, domain)
+        return guess.name, found
     found = "molecule" if smiles else "crystal"
     if domain not in (None, found): raise BadInput(f"the model reads {domain}s, and {said!r} was given as a column of {found}s")
-    return pick(said, columns, "column"), found
+    return pick(said, frame.columns, "column"), found
 
 # %% ../../nbs/adapt/67_tables.ipynb #5d5b51f1
-def _filled(file: str | os.PathLike, limit: int | None = None) -> pl.DataFrame:
-    "The raw table; one without rows is refused."
-    frame = read_frame(file, limit)
-    if not len(frame): raise BadInput(f"{file} has a header but no rows")
-    return frame
+def _read(file: str | os.PathLike, smiles: str | None, cif: str | None, **more: Any) -> Reading:
+    "A file or folder; `cif` may be a folder of structures, and the file then the table beside it."
+    if smiles and cif: raise BadInput("give either smiles or cif, not both")
+    if cif and (Path(cif).is_dir() or Path(cif).suffix == ".zip"): return read(cif, table=file, **more)
+    return read(file, smiles or cif, "molecule" if smiles else "crystal" if cif else None, **more)
 
 def read_labelled(
-    file: str | os.PathLike,                         # CSV, Parquet or JSON
-    targets: Mapping[str, str] | Sequence[str] | str,  # columns to learn, with units if a mapping
-    smiles: str | None = None,                       # column with SMILES; neither: recognised by its name
-    cif: str | None = None,                          # column with CIF or POSCAR text
+    file: str | os.PathLike,                         # a table, an SDF, an extended XYZ, a folder of CIF files …
+    targets: Mapping[str, str] | Sequence[str] | str,  # columns to learn, with units if a mapping; else the units that their names state
+    smiles: str | None = None,                       # column with SMILES; neither: recognised
+    cif: str | None = None,                          # column with CIF or POSCAR text, or a folder of such files that the table gives labels to
     allowed: float = 0.5,                            # largest share of rows that may be set aside
 ) -> tuple[Records, Rejected]:
     "Records with targets from a file, and the rows that could not be used."
-    frame, chosen = _filled(file), [targets] if isinstance(targets, str) else targets
-    column, domain = structure_column(frame.columns, smiles, cif)
-    for t in chosen: pick(t, frame.columns, "column")
-    records, rejected = from_frame(frame, column, domain, chosen, name=Path(file).name.split(".")[0])
-    rejected.check(len(frame), allowed)
-    return records, rejected
+    made = _read(file, smiles, cif, targets=targets)
+    made.rejected.check(len(made.records) + len(made.rejected), allowed)
+    return made.records, made.rejected
 
 # %% ../../nbs/adapt/67_tables.ipynb #ed43b912
 def task_of(
@@ -274,29 +274,42 @@ def _outputs(model: Ensemble, columns: Sequence[str]) -> list[str]:
     wanted = [f"{n}{end}" for n in model.task.names for end in ("", "_std", "_lower", "_upper")]
     return [c for c in wanted if c in columns and not (c.endswith("_std") and len(model) == 1)]
 
+def _rows(table: pl.DataFrame | str | os.PathLike, smiles: str | None, cif: str | None, domain: str) -> tuple[pl.DataFrame, Records, Rejected]:
+    "Every row (`row` and the structure as given), the records among them, and the others."
+    frame = table if isinstance(table, pl.DataFrame) else open_table(Path(table)).frame if kind_of(table) == "table" else None
+    column, found = structure_column(frame, smiles, cif, domain) if frame is not None else ("", domain)
+    if frame is not None and column:
+        _reserve([column])
+        records, unread = from_frame(frame.select(pl.col(column).alias("structure")), "structure", found, {})
+        return pl.DataFrame([pl.Series("row", range(len(frame)), pl.Int64).cast(pl.String), frame[column]]), records, unread
+    if isinstance(table, pl.DataFrame): raise BadInput("a table of matfm's own columns is read from its Parquet file")
+    made = read(table, table="", targets=[], conditions=[])
+    if made.records.domain != domain: raise BadInput(f"the model reads {domain}s, {Path(table).name} holds {made.records.domain}s")
+    shown = "smiles" if domain == "molecule" else "formula"
+    good, bad = made.records.frame.select(pl.col("id").alias("row"), shown), made.rejected.frame.select(pl.col("id").alias("row"), pl.lit(None, pl.String).alias(shown))
+    return pl.concat([good, bad]), made.records, made.rejected
+
+# %% ../../nbs/adapt/67_tables.ipynb #20a9954f
 def predict_table(
     model: Ensemble | str | os.PathLike,      # or its folder
-    table: pl.DataFrame | str | os.PathLike,  # or its file
-    smiles: str | None = None,                # column with SMILES; neither: recognised by its name
+    table: pl.DataFrame | str | os.PathLike,  # or its file, or a folder of CIF files
+    smiles: str | None = None,                # column with SMILES; neither: recognised by its name and content
     cif: str | None = None,                   # column with CIF or POSCAR text
-) -> tuple[pl.DataFrame, Rejected]:           # `row`, the structures, predictions, `reason`; the rows without one
+) -> tuple[pl.DataFrame, Rejected]:           # `row` (a number, or the name of a file), the structures, predictions, `reason`; the rows without one
     "Each row's prediction, with interval where the model is calibrated, and the reason where there is none."
     loaded: Ensemble = load_predictor(model) if isinstance(model, (str, os.PathLike)) else model
-    frame = table if isinstance(table, pl.DataFrame) else _filled(table)
-    column, domain = structure_column(frame.columns, smiles, cif, loaded.representation.domain)
-    _reserve([column])
-    records, unread = from_frame(frame.select(pl.col(column).alias("structure")), "structure", domain, {})
+    rows, records, unread = _rows(table, smiles, cif, loaded.representation.domain)
     made, unfit = loaded.predict(records)
-    rejected = unread + Rejected([(i, int(i), v, why) for i, _, v, why in unfit.frame.rows()])
+    place = {name: i for i, name in enumerate(rows["row"])}
+    rejected = unread + Rejected([(i, place[i], v, why) for i, _, v, why in unfit.frame.rows()])
     wanted = _outputs(loaded, made.columns)
-    rows = pl.DataFrame([pl.Series("row", range(len(frame)), pl.Int64).cast(pl.String), frame[column]])
     found = rows.join(made.select(pl.col("id").cast(pl.String).alias("row"), *wanted), on="row", how="left", maintain_order="left").with_columns(pl.col(wanted).fill_nan(None))
     reasons = rejected.frame.select(pl.col("id").alias("row"), "reason")
     return found.join(reasons, on="row", how="left", maintain_order="left"), rejected
 
 # %% ../../nbs/adapt/67_tables.ipynb #b3a3293d
 def read_unlabelled(
-    data: str | os.PathLike,    # a file, or a data set of the catalogue
+    data: str | os.PathLike,    # a file or folder, or a data set of the catalogue
     smiles: str | None = None,  # column with SMILES of a file; neither: recognised by its name
     cif: str | None = None,     # column with CIF or POSCAR text
     limit: int | None = None,   # at most so many rows
@@ -305,10 +318,9 @@ def read_unlabelled(
     "Records without targets."
     from matfm.data.sources import catalogue, load_with_rejected
     file = Path(data)
-    if file.is_file():
-        frame = _filled(file, limit)
-        column, domain = structure_column(frame.columns, smiles, cif)
-        records, rejected = from_frame(frame.select(column), column, domain, {}, name=file.name.split(".")[0])
+    if file.is_file() or (file.is_dir() and str(data) not in catalogue()):
+        made = _read(file, smiles, cif, targets=[], conditions=[], limit=limit)
+        records, rejected = made.records, made.rejected
     elif file.suffix: raise BadInput(f"no such file: {data}")
     else: records, rejected = load_with_rejected(pick(str(data), catalogue(), "data set"), limit)
     rejected.check(len(records) + len(rejected), allowed)

@@ -24,8 +24,8 @@ from ..settings import load_settings
 # %% auto #0
 __all__ = ['app', 'runs_app', 'data_app', 'Names', 'Given', 'Preset', 'Jobs', 'Where', 'Experiment', 'DataName', 'Smiles', 'Cif',
            'Out', 'Model', 'Split', 'Target', 'Unit', 'TableFile', 'Commands', 'group', 'root', 'metric_table', 'run',
-           'runs_list', 'runs_show', 'runs_compare', 'data_list', 'data_get', 'data_card', 'pretrain', 'finetune',
-           'predict', 'checkpoint_folder', 'models', 'card', 'site', 'lab', 'main']
+           'runs_list', 'runs_show', 'runs_compare', 'data_list', 'data_get', 'data_card', 'data_read', 'pretrain',
+           'finetune', 'predict', 'checkpoint_folder', 'models', 'card', 'site', 'lab', 'main']
 
 # %% ../../nbs/app/99_cli.ipynb #2d7e5c92
 class Commands(TyperGroup):
@@ -50,7 +50,7 @@ def group(help: str, **options: Any) -> typer.Typer:
     return typer.Typer(help=help, no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, **options)
 
 app = group("A research framework for foundation models in materials discovery.", cls=Commands)
-runs_app, data_app = group("What the experiments found."), group("Public data sets and matfm's own.")
+runs_app, data_app = group("What the experiments found."), group("Data sets: public ones, matfm's own, and yours.")
 app.add_typer(runs_app, name="runs")
 app.add_typer(data_app, name="data")
 
@@ -236,9 +236,26 @@ def data_card(name: DataName) -> None:
     from matfm.data.sources import card
     typer.echo(card(name))
 
+# %% ../../nbs/app/99_cli.ipynb #b95c6a21
+@data_app.command("read")
+def data_read(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A file or folder of yours.")],
+    structure: Annotated[str | None, typer.Option(help="Column with the structures.")] = None,
+    domain: Annotated[str | None, typer.Option(help="molecule, crystal, composition, reaction or table.")] = None,
+    ids: Annotated[str | None, typer.Option(help="Column with ids; '' for row numbers.")] = None,
+    target: Annotated[list[str] | None, typer.Option(help="Column to learn; repeat for several.")] = None,
+    table: Annotated[Path | None, typer.Option(help="Table with the labels of a folder's structures.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Parquet file to keep the records in.")] = None,
+) -> None:
+    "Show what is understood of your own file.\n\nEvery guess is shown with its reason; an option overrules it."
+    from matfm.data.files import read
+    found = read(file, structure, domain, ids, target or None, table=table)
+    typer.echo(found)
+    if out: typer.echo(f"records: {found.records.save(out)}")
+
 # %% ../../nbs/app/99_cli.ipynb #0884771f
 Smiles = Annotated[str | None, typer.Option(metavar="COLUMN", help="The column with SMILES.")]
-Cif = Annotated[str | None, typer.Option(metavar="COLUMN", help="The column with crystal structures as CIF or POSCAR text.")]
+Cif = Annotated[str | None, typer.Option(metavar="COLUMN|FOLDER", help="The column with crystal structures as CIF or POSCAR text, or a folder of such files.")]
 
 def _aside(rejected: Any, total: int, where: Path | None = None) -> None:
     "Say how many rows were set aside and why."
@@ -277,8 +294,8 @@ def pretrain(
 # %% ../../nbs/app/99_cli.ipynb #abb11119
 Split = Annotated[str | None, typer.Option(help="random, scaffold or composition. Default: scaffold for molecules, composition for crystals.")]
 Target = Annotated[list[str], typer.Option(help="Column to predict; repeat for several.")]
-Unit = Annotated[list[str] | None, typer.Option(help="Unit of each target in the same order, e.g. eV/atom. Default: a pure number.")]
-TableFile = Annotated[Path, typer.Argument(metavar="FILE", help="Table with structures (CSV, Parquet or JSON).")]
+Unit = Annotated[list[str] | None, typer.Option(help="Unit of each target in the same order, e.g. eV/atom. Default: what the column's name says, else a pure number.")]
+TableFile = Annotated[Path, typer.Argument(metavar="FILE", help="A table (CSV, Parquet, JSON), an SDF, XYZ or SMILES file, or a folder of CIF files.")]
 
 # %% ../../nbs/app/99_cli.ipynb #17510642
 @app.command()
@@ -293,7 +310,7 @@ def finetune(
     "Fine-tune a model on your own table.\n\nReports the test error beside a constant guess and a forest."
     if unit and len(unit) != len(target): raise BadInput(f"{len(unit)} units for {len(target)} targets")
     from matfm.adapt.tables import configured, finetune_table, read_labelled, split_table
-    records, rejected = read_labelled(file, dict(zip(target, unit or [""] * len(target), strict=True)), smiles, cif)
+    records, rejected = read_labelled(file, dict(zip(target, unit, strict=True)) if unit else target, smiles, cif)
     made = split_table(records, split, seed)
     _aside(rejected, len(records) + len(rejected), out / "rejected.csv")
     from matfm.adapt.finetune import FinetuneSpec

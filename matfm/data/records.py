@@ -248,7 +248,9 @@ class Crystal(Cell):
     def from_poscar(cls, text: str) -> Self:
         "From the text of a POSCAR file."
         from pymatgen.io.vasp import Poscar
-        return cls.from_pymatgen(_quietly(lambda: Poscar.from_str(text).structure, "POSCAR"))
+        poscar = _quietly(lambda: Poscar.from_str(text), "POSCAR")
+        if not poscar.true_names: raise BadInput("not a usable POSCAR: it does not name its elements; write them into a line above the numbers of atoms")
+        return cls.from_pymatgen(poscar.structure)
 
     def to_pymatgen(self) -> Any:
         "As a pymatgen `Structure`."
@@ -379,12 +381,13 @@ def check_target_unit(
 # %% ../../nbs/data/10_records.ipynb #e6bec980
 def _check_frame(frame: pl.DataFrame, domain: str, targets: Mapping[str, str], conditions: Mapping[str, str], basis: str) -> None:
     pick(domain, STRUCTURE, "domain")
+    schema = frame.schema  # made anew at every access
     for c, dtype in {"id": pl.String, **STRUCTURE[domain]}.items():
-        if frame.schema.get(c) != dtype: raise BadInput(f"records of the domain {domain} need a column {c} of type {dtype}, got {frame.schema.get(c)}")
+        if schema.get(c) != dtype: raise BadInput(f"records of the domain {domain} need a column {c} of type {dtype}, got {schema.get(c)}")
     for what, named in (("target", targets), ("condition", conditions)):
         for c, unit in named.items():
-            pick(c, frame.columns, what)
-            if not frame.schema[c].is_numeric(): raise BadInput(f"{what} {c!r} must be numeric, got {frame.schema[c]}")
+            pick(c, schema, what)
+            if not schema[c].is_numeric(): raise BadInput(f"{what} {c!r} must be numeric, got {schema[c]}")
             check_target_unit(unit)
     if both := sorted(set(targets) & set(conditions)): raise BadInput(f"{both[0]!r} cannot be a target and a condition")
     if pick(basis, BASES, "basis of fractions") and domain != "mixture": raise BadInput(f"{domain} records have no fractions, so no basis of them")
