@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 
 from matfm.core import BadInput, Spec
 from matfm.data import loading
-from matfm.data.loading import BatchPlan, Loader, cache_key, collate, featurise, load_items, save_items, sizes_of
+from matfm.data.loading import BatchPlan, Bulk, Loader, cache_key, collate, featurise, load_items, save_items, sizes_of
 from matfm.data.records import Crystal, compositions, crystals, molecules
 
 QUICK = settings(max_examples=60, deadline=None)
@@ -64,6 +64,59 @@ def test_domains():
         def __call__(self, record): return {"x": np.array([len(record.formula if isinstance(record, Crystal) else record)])}
     salt = Crystal(np.eye(3) * 3.4, np.array([11, 17]), np.array([[0, 0, 0], [.5, .5, .5]]))
     assert featurise(Formula(), crystals([salt])[0])[0][0]["x"] == featurise(Formula(), compositions(["NaCl"])[0])[0][0]["x"] == 4
+
+
+# -- many at once --
+
+class FastLetters(Letters):
+    asked: ClassVar[list] = []
+
+    def many(self, structures):
+        text = list(structures)
+        self.asked.append(len(text))
+        if any("Br" in t for t in text): raise RuntimeError("one of them breaks all")
+        return [None if len(t) > self.longest or "N" in t else self(t) for t in text]
+
+
+@pytest.mark.parametrize("block, jobs, progress", [(256, 1, False), (7, 1, False), (7, 2, False), (7, 1, True)])
+def test_many_at_once_changes_nothing(block, jobs, progress, monkeypatch, capsys):
+    monkeypatch.setattr(loading, "BLOCK", block)
+    assert isinstance(FastLetters(), Bulk) and not isinstance(Letters(), Bulk)
+    same(featurise(FastLetters(), MOLS, jobs=jobs, progress=progress), featurise(Letters(), MOLS))
+
+
+def test_blocks(monkeypatch):
+    monkeypatch.setattr(loading, "BLOCK", 7)
+    FastLetters.asked.clear()
+    featurise(FastLetters(), MOLS)
+    assert FastLetters.asked == [7, 7, 7, 7, 2]
+
+
+def test_a_row_that_breaks_a_block_is_found():
+    mols, _ = molecules(["CO", "CBr", "N"])
+    items, kept, rejected = featurise(FastLetters(), mols)
+    assert kept.tolist() == [0, 1] and len(items) == 2 and rejected.frame["reason"].to_list() == ["RuntimeError: the engine gave up"]
+    same((items, kept, rejected), featurise(Letters(), mols))
+
+
+def test_a_mistake_in_many_is_raised():
+    class Wrong(Letters):
+        def many(self, structures): return structures.no_such_method()
+    with pytest.raises(AttributeError): featurise(Wrong(), MOLS)
+
+
+def test_a_table_with_a_row_that_is_no_structure():
+    from dataclasses import replace
+
+    import polars as pl
+
+    class Atoms(Letters):
+        domain: ClassVar[str] = "crystal"
+        def __call__(self, crystal): return {"n": np.array(len(crystal))}
+    records, _ = crystals([Crystal(np.eye(3) * 3.4, [11, 17], [[0, 0, 0], [.5, .5, .5]])] * 3)
+    broken = replace(records, frame=records.frame.with_columns(pl.Series("frac", [[0.0] * 6, [0.0], [0.0] * 6])))
+    items, kept, rejected = featurise(Atoms(), broken)
+    assert kept.tolist() == [0, 2] and rejected.frame["row"].to_list() == [1] and "'frac': [0.0]" in rejected.frame["value"][0] and "frac" in rejected.frame["reason"][0]
 
 
 # -- cache --

@@ -3,13 +3,16 @@ import csv
 import gzip
 import pickle
 import random
+from dataclasses import replace
 
 import numpy as np
+import polars as pl
 import pytest
 from hypothesis import given, settings, strategies as st
 
 from matfm.core import BadInput
-from matfm.data.records import Crystal, compositions, molecules
+from matfm.data.loading import featurise
+from matfm.data.records import Crystal, compositions, crystals, molecules
 from matfm.registry import representations
 from matfm.represent.crystal import CrystalGraph, neighbours
 from matfm.represent.descriptors import CompositionStats, Ecfp, MoleculeDescriptors, matrix
@@ -230,6 +233,57 @@ def test_whole_shells_are_kept():
 def test_no_crystal_says_why(record, message):
     with pytest.raises(BadInput, match=message):
         CrystalGraph()(record)
+
+
+@given(st.lists(st.integers(0, 500), min_size=1, max_size=5), st.sampled_from([1, 12, None]), st.floats(2.0, 6.0))
+@settings(max_examples=25, deadline=None)
+def test_many_crystals_are_each_of_them(seeds, max_neighbors, cutoff):
+    rep, found = CrystalGraph(cutoff, max_neighbors), [random_crystal(s, 1 + s % 7) for s in seeds]
+    for given_as in (found, crystals(found)[0]):
+        for crystal, many in zip(found, rep.many(given_as), strict=True):
+            try: one = rep(crystal)
+            except BadInput: assert many is None
+            else: assert one.keys() == many.keys() and all(one[k].dtype == many[k].dtype and np.array_equal(one[k], many[k]) for k in one)
+
+
+BROKEN = {"lattice": [None, [1.0] * 8, [float("nan")] * 9, [0.0] * 9, [float("inf")] * 9, [None] * 9], "numbers": [None, [], [8], [0, 8], [8, 119], [None, 8]],
+          "frac": [None, [], [0.0] * 5, [0.0, 0.0, 0.0, 0.5, float("nan"), 0.5], [0.0, 0.0, 0.0, 0.5, None, 0.5]]}
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_broken_row_of_a_table_is_set_aside_with_its_reason(jobs):
+    values = [(c, v) for c, vs in BROKEN.items() for v in vs]
+    sound, alone = random_crystal(3, 2), Crystal(np.eye(3) * 30, [10, 10], [[0, 0, 0], [0.5, 0.5, 0.5]])
+    records, _ = crystals([sound] * len(values) + [alone, sound])
+    cells = {c: records.frame[c].to_list() for c in BROKEN}
+    for row, (c, v) in enumerate(values): cells[c][row] = v
+    bad = replace(records, frame=records.frame.with_columns(pl.Series(c, v, dtype=records.frame.schema[c], strict=False) for c, v in cells.items()))
+    items, kept, rejected = featurise(CrystalGraph(), bad, jobs=jobs)
+    assert kept.tolist() == [len(values) + 1] and np.array_equal(items[0]["edge_index"], CrystalGraph()(sound)["edge_index"])
+    assert rejected.frame["row"].to_list() == list(range(len(values) + 1)) and rejected.frame["id"].to_list() == bad.ids[:-1]
+    assert all(rejected.frame["reason"]) and "no neighbour within 6" in rejected.frame["reason"][-1]
+    assert {r.split(" ")[0] for r in rejected.frame["reason"]} >= {"lattice", "the", "atomic", "a"}
+
+
+def test_a_list_with_strangers_in_it():
+    found = [random_crystal(1), "data_NaCl", None, random_crystal(2, 3)]
+    assert [m is not None for m in CrystalGraph().many(found)] == [True, False, False, True] and CrystalGraph().many([]) == []
+
+
+def test_a_corpus_of_crystals_is_written_in_bulk(tmp_path):
+    from matfm.data.corpora import write_corpus
+    found = [random_crystal(s, 2 + s % 3) for s in range(7)]
+    corpus = write_corpus(tmp_path / "c", CrystalGraph(), [*found[:4], "no crystal", *found[4:]], rows_per_shard=5)
+    assert len(corpus) == 7 and corpus.rejected().frame["row"].to_list() == [4]
+    for item, c in zip(corpus, found, strict=True): assert all(np.array_equal(item[k], v) for k, v in CrystalGraph()(c).items())
+
+
+def test_real_crystals_in_bulk(mirror):
+    from matfm.data.sources import load
+    records = load("mp_20", limit=150, targets=())
+    for rep in (CrystalGraph(6.0, None), CrystalGraph()):
+        for one, many in zip(map(rep, records.structures()), featurise(rep, records)[0], strict=True):
+            assert all(np.array_equal(one[k], many[k]) for k in one)
 
 
 # ---- batches ---------------------------------------------------------------------------------------------------------

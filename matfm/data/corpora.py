@@ -254,7 +254,7 @@ def local_dask(
     import dask
     with contextlib.ExitStack() as stack:
         spill = folder or stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
-        stack.enter_context(dask.config.set({"distributed.scheduler.allowed-failures": 5, "distributed.admin.large-graph-warning-threshold": "1GB"}))
+        stack.enter_context(dask.config.set({"distributed.scheduler.allowed-failures": 5, "distributed.deploy.lost-worker-timeout": "1h", "distributed.admin.large-graph-warning-threshold": "1GB"}))
         cluster = LocalCluster(n_workers=workers, threads_per_worker=1, processes=True, memory_limit=memory, dashboard_address=None, local_directory=str(spill), silence_logs=50)
         yield stack.enter_context(Client(stack.enter_context(cluster)))
 

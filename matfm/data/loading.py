@@ -7,13 +7,15 @@ Docs: https://matfm.github.io/matfm/data/loading.html.md"""
 # %% ../../nbs/data/15_loading.ipynb #0debaa1e
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -24,8 +26,8 @@ if TYPE_CHECKING:
     from matfm.data.records import Records, Rejected
 
 # %% auto #0
-__all__ = ['ROW_ERRORS', 'save_items', 'load_items', 'cache_key', 'check_domain', 'featurise', 'BatchPlan', 'collate', 'sizes_of',
-           'Loader']
+__all__ = ['ROW_ERRORS', 'BLOCK', 'save_items', 'load_items', 'Structures', 'Bulk', 'cache_key', 'check_domain', 'featurise',
+           'BatchPlan', 'collate', 'sizes_of', 'Loader']
 
 # %% ../../nbs/data/15_loading.ipynb #12eaf4a6
 def save_items(
@@ -60,22 +62,57 @@ def load_items(
 # %% ../../nbs/data/15_loading.ipynb #89b576d9
 ROW_ERRORS = (BadInput, ValueError, RuntimeError, ArithmeticError, IndexError)  # what a bad structure may cause
 
+def _alone(representation: Any, structure: Any) -> Item | str:
+    "The item of one structure, or the reason why there is none."
+    if isinstance(structure, BadInput): return str(structure)
+    try: return representation(structure)
+    except BadInput as e: return str(e)
+    except ROW_ERRORS as e: return f"{type(e).__name__}: {e}"
+
+# %% ../../nbs/data/15_loading.ipynb #cb49e8e1
+class Structures(Sequence[Any]):
+    "The structures of a table, made when one is asked for; a row that makes none is there as its `BadInput`."
+    def __init__(self, records: Records): self.records = records
+
+    @property
+    def frame(self) -> Any: return self.records.frame  # polars, with the structure columns
+    def __len__(self) -> int: return len(self.records)
+
+    @cached_property
+    def made(self) -> list[Any]:
+        "All of them."
+        try: return self.records.structures()
+        except BadInput as e: return [e] if len(self) == 1 else [self[i:i + 1].made[0] for i in range(len(self))]
+
+    def __getitem__(self, i: Any) -> Any:
+        return Structures(self.records.take(range(*i.indices(len(self))))) if isinstance(i, slice) else self.made[i]
+
+# %% ../../nbs/data/15_loading.ipynb #0603cd65
+BLOCK = 256  # structures that are read at once: what is computed from them then fits into a processor's cache
+
+@runtime_checkable
+class Bulk(Protocol):
+    "A representation that also reads many structures at once."
+    def many(self, structures: Sequence[Any]) -> list[Item | None]: ...
+
+def _block(representation: Any, structures: Sequence[Any]) -> list[Item | str]:
+    "Items or reasons of a few structures; if one of them makes `many` fail, each is read alone."
+    made: Sequence[Item | None] = [None] * len(structures)
+    if isinstance(representation, Bulk):
+        with contextlib.suppress(*ROW_ERRORS): made = representation.many(structures)
+    return [_alone(representation, structures[i]) if m is None else m for i, m in enumerate(made)]
+
 def _featurise_some(representation: Any, structures: Sequence[Any]) -> list[Item | str]:
     "Each structure's item, or the reason why there is none."
-    out: list[Item | str] = []
-    for s in structures:
-        try: out.append(representation(s))
-        except BadInput as e: out.append(str(e))
-        except ROW_ERRORS as e: out.append(f"{type(e).__name__}: {e}")
-    return out
+    return [m for i in range(0, len(structures), BLOCK) for m in _block(representation, structures[i:i + BLOCK])]
 
 # %% ../../nbs/data/15_loading.ipynb #f6a9c80f
 def _featurise_all(representation: Any, structures: Sequence[Any], jobs: int, progress: bool) -> list[Item | str]:
     "The same in chunks, over `jobs` processes."
     from joblib import Parallel, delayed
     from tqdm.auto import tqdm
-    step = max(1, min(500, -(-len(structures) // max(1, 4 * jobs))))
-    chunks = [structures[i:i + step] for i in range(0, len(structures), step)]
+    step = max(1, min(2 * BLOCK, -(-len(structures) // max(1, 4 * jobs))))
+    chunks = (structures[i:i + step] for i in range(0, len(structures), step))
     bar = tqdm(total=len(structures), desc="featurise", disable=not progress)
     out: list[Item | str] = []
     with bar:
@@ -135,12 +172,12 @@ def featurise(
     check_domain(representation, records)
     path = Path(cache).expanduser() / f"{cache_key(representation, records)}.npz" if cache else None
     if path and (found := _read_cache(path)): return found
-    structures = records.structures()
+    structures = Structures(records)
     made = _featurise_all(representation, structures, jobs, progress) if jobs > 1 or progress else _featurise_some(representation, structures)
-    kept = np.array([i for i, m in enumerate(made) if not isinstance(m, str)], dtype=np.int64)
-    ids, shown = records.ids, [str(s) for s in structures]
-    rejected = Rejected([(ids[i], i, shown[i], m) for i, m in enumerate(made) if isinstance(m, str)])
     items = [m for m in made if not isinstance(m, str)]
+    kept, bad = (np.array([i for i, m in enumerate(made) if isinstance(m, str) is wrong], dtype=np.int64) for wrong in (False, True))
+    shown = [records[i] if isinstance(s, BadInput) else s for i, s in zip(bad, Structures(records.take(bad)).made, strict=True)]
+    rejected = Rejected([(records[i]["id"], i, s, made[i]) for i, s in zip(bad, shown, strict=True)])
     if path: _write_cache(path, items, kept, rejected)
     return items, kept, rejected
 

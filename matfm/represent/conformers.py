@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 # %% auto #0
-__all__ = ['FORCE_FIELDS', 'GAS', 'BLOCKS', 'ConformerSpec', 'embed', 'relax', 'distinct', 'Ensemble', 'ensemble', 'Conformers',
-           'conformers', 'summary', 'Molecule3D', 'Descriptors3D']
+__all__ = ['FORCE_FIELDS', 'GAS', 'BLOCKS', 'STATISTICS', 'ConformerSpec', 'embed', 'relax', 'distinct', 'Ensemble', 'ensemble',
+           'Conformers', 'conformers', 'summary', 'Molecule3D', 'Descriptors3D']
 
 # %% ../../nbs/represent/29_conformers.ipynb #7aa76d72
 import numpy as np
@@ -230,6 +230,7 @@ class Molecule3D(ConformerSpec):
 
 # %% ../../nbs/represent/29_conformers.ipynb #93df4139
 BLOCKS = {"shape": 11, "usrcat": 60, "whim": 114, "autocorr3d": 80, "morse": 224, "rdf": 210, "getaway": 273}  # columns of each
+STATISTICS = ("mean", "std", "min", "max")
 
 # %% ../../nbs/represent/29_conformers.ipynb #d0787153
 @functools.cache
@@ -257,6 +258,7 @@ class Descriptors3D(Descriptor):
     "SMILES → descriptors of shape, of the lowest conformer (3D) or averaged over the ensemble (4D)."
     blocks: tuple[str, ...] = ("shape",)
     average: str = "lowest"        # "lowest" or "boltzmann"
+    statistics: tuple[str, ...] = ("mean", "std")  # over the ensemble: mean and std are weighted, min and max are those of all conformers kept
     temperature: float = 298.15    # K, of the weights
     conformers: ConformerSpec = ConformerSpec()
     domain: ClassVar[str] = "molecule"
@@ -265,12 +267,14 @@ class Descriptors3D(Descriptor):
         pick(self.average, ["lowest", "boltzmann"], "average")
         if not self.blocks: raise BadInput("name at least one block")
         for b in self.blocks: pick(b, BLOCKS, "block of 3D descriptors")
+        if not self.statistics: raise BadInput(f"name at least one statistic of {', '.join(STATISTICS)}")
+        for s in self.statistics: pick(s, STATISTICS, "statistic of an ensemble")
         if not self.temperature > 0: raise BadInput(f"temperature must be > 0 K, got {self.temperature}")
 
     @property
     def names(self) -> tuple[str, ...]:
         names = [n for b in self.blocks for n in _block_names(b)]
-        return tuple(names) if self.average == "lowest" else tuple(f"{s} {n}" for s in ("mean", "std") for n in names)
+        return tuple(names) if self.average == "lowest" else tuple(f"{s} {n}" for s in self.statistics for n in names)
 
     def read(self, record: str) -> Ensemble: return ensemble(record, self.conformers)
 
@@ -283,4 +287,5 @@ class Descriptors3D(Descriptor):
         if self.average == "lowest": return values[0]
         w = e.weights(self.temperature)
         mean = w @ values
-        return np.concatenate([mean, np.sqrt(np.maximum(w @ (values - mean) ** 2, 0))])
+        found = {"mean": mean, "std": np.sqrt(np.maximum(w @ (values - mean) ** 2, 0)), "min": values.min(axis=0), "max": values.max(axis=0)}
+        return np.concatenate([found[s] for s in self.statistics])
