@@ -97,7 +97,7 @@ def test_import_is_light():
 
 
 @pytest.mark.parametrize("module", ["matfm.core", "matfm.registry", "matfm.settings", "matfm.testing", "matfm.run.results", "matfm.run.runner",
-                                    "matfm.run.sheets", "matfm.data.records", "matfm.data.sources", "matfm.data.remote", "matfm.data.files", "matfm.data.splits", "matfm.app.cli"])
+                                    "matfm.run.sheets", "matfm.data.records", "matfm.data.sources", "matfm.data.remote", "matfm.data.files", "matfm.data.mixtures", "matfm.data.splits", "matfm.app.cli"])
 def test_light_pages_load_nothing_heavy(module):
     out = fresh(f"import sys, {module}; print([m for m in ('torch', 'rdkit', 'pymatgen', 'lightning', 'sklearn', 'papermill', 'dask') if m in sys.modules])")
     assert out.strip() == "[]", f"{module} loads {out}"

@@ -255,7 +255,7 @@ def group_keys(
     kinds = TOGETHER[records.domain]
     kind = pick(together or kinds[0], kinds, f"kind of twins of {records.domain} records")
     if kind == "identical": return identities(records), kind
-    if kind == "components": return [".".join(sorted(set(m.components))) for m in records.structures()], kind
+    if kind == "components": return [".".join(sorted({c for c, f in zip(m.components, m.fractions, strict=True) if f != 0})) for m in records.structures()], kind
     if kind == "polymorphs": return [_fraction_key(f) for f in records.frame["formula"]], kind
     return [molecule_key(s, kind == "tautomers") for s in records.structures()], kind
 
@@ -534,6 +534,7 @@ def _groupings(records: Records) -> dict[str, Callable[[], list[str]]]:
     "What can be shared between parts, by domain."
     same: dict[str, Callable[[], list[str]]] = {"identical": lambda: identities(records)}
     if records.domain == "molecule": return same | {"scaffold": lambda: [murcko_scaffold(s) for s in records.structures()]}
+    if records.domain == "mixture": return same | {"components": lambda: group_keys(records, "components")[0]}
     if "formula" not in STRUCTURE[records.domain]: return same
     formulas = records.frame["formula"]
     return same | {"formula": lambda: [_fraction_key(f) for f in formulas], "chemsys": lambda: [chemical_system(f) for f in formulas]}
@@ -602,6 +603,7 @@ def _matches(both: Records, n: int, similarity: float) -> dict[str, np.ndarray]:
         smiles = both.structures()
         return same | {"stereoisomer": _same_key([molecule_key(s) for s in smiles], n), "near_duplicate": _near_molecules(both, n, similarity),
                        "scaffold": _same_key([murcko_scaffold(s) for s in smiles], n)}
+    if both.domain == "mixture": return same | {"components": _same_key(group_keys(both, "components")[0], n)}
     if both.domain not in ("crystal", "composition"): return same
     formulas = both.frame["formula"]
     near = _near_crystals(both, n) if both.domain == "crystal" else _near_compositions(both, n)

@@ -440,7 +440,7 @@ def _workers(
         yield client
 
 # %% ../../nbs/represent/28_featurise.ipynb #b06fe699
-LIBRARIES = {"molecule": "rdkit", "composition": "pymatgen", "crystal": "pymatgen"}  # whose version may change the numbers
+LIBRARIES = {"molecule": "rdkit", "composition": "pymatgen", "crystal": "pymatgen", "mixture": "rdkit"}  # whose version may change the numbers
 
 def _versions(descriptor: Descriptor) -> dict[str, str]:
     name = LIBRARIES[descriptor.domain]
