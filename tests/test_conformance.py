@@ -11,7 +11,7 @@ import pytest
 
 from matfm import testing
 from matfm.core import MissingExtra
-from matfm.data.records import Crystal, Records, compositions, crystals, molecules
+from matfm.data.records import Crystal, Mixture, Records, compositions, crystals, from_values, molecules
 from matfm.registry import registries
 
 ROOT = Path(__file__).parent.parent
@@ -49,10 +49,12 @@ def records(domain: str) -> Records:
     y = [0.5, 1.0, -0.3, 2.0, 0.1, 1.4, -1.0, 0.7]
     targets, units = {"a": y, "b": [*y[1:], float("nan")], "c": [1, 0, 1, 1, 0, 1, 0, 1]}, {"a": "eV", "b": "", "c": ""}
     cells = [crystal(k) for k in range(8)]
+    pairs = [Mixture((SMILES[k], SMILES[(k + 1) % 8], "O"), (0.3, 0.7, None), ("1", "1", "2")) for k in range(8)]
     kept, rejected = {"molecule": lambda: molecules(SMILES, targets, units, canonical=False),
                       "rings": lambda: molecules(RINGS, targets, units, canonical=False),
                       "crystal": lambda: crystals(cells, targets, units),
-                      "composition": lambda: compositions([c.formula for c in cells], targets, units)}[domain]()
+                      "composition": lambda: compositions([c.formula for c in cells], targets, units),
+                      "mixture": lambda: from_values(pairs, "mixture", targets, units)}[domain]()
     assert len(kept) == 8 and len(rejected) == 0, rejected
     return kept
 
@@ -69,6 +71,9 @@ def renumbered(smiles: str) -> str:
 
 REPRESENTATIONS: dict[str, Callable[[Any], Any]] = {
     "smiles": lambda cls: cls.default(),
+    "smirk": lambda cls: cls.default(),
+    "gpe": lambda cls: cls.fit(SMILES, size=180),
+    "selfies": lambda cls: cls.default(),
     "molecule_graph": lambda cls: cls(),
     "crystal_graph": lambda cls: cls(cutoff=4.5),
     "ecfp": lambda cls: cls(bits=64),
@@ -77,6 +82,8 @@ REPRESENTATIONS: dict[str, Callable[[Any], Any]] = {
     "fingerprint": lambda cls: cls(bits=64),
     "concat": lambda cls: cls(),
     "topological_indices": lambda cls: cls(),
+    "mixture": lambda cls: cls(),
+    "mixture_pair": lambda cls: cls(),
     "molecule_3d": lambda cls: cls(count=1),
     "descriptors_3d": lambda cls: cls(),
 }
@@ -96,9 +103,14 @@ OBJECTIVES: dict[str, tuple[str, dict[str, Any]]] = {  # encoder; options
     "mixed": ("crystal_gnn", dict(parts=("element_shuffling", "denoise"), weights=(1.0, 0.5))),
 }
 BASELINES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {  # records; options
-    "dummy": (("molecule", "crystal", "composition"), {}),
+    "dummy": (("molecule", "crystal", "composition", "mixture"), {}),
     "ecfp_forest": (("molecule",), dict(n_estimators=20)),
+    "ecfp_svm": (("molecule",), {}),
     "composition_forest": (("crystal", "composition"), dict(n_estimators=20)),
+    "mixture_forest": (("mixture",), dict(n_estimators=20)),
+    "mixture_ridge": (("mixture",), {}),
+    "linear_mixing": (("mixture",), {}),
+    "nearest_mixture": (("mixture",), {}),
 }
 SPLITTERS: dict[str, tuple[str, ...]] = {  # records
     "random": ("molecule", "crystal", "composition"),
@@ -107,6 +119,8 @@ SPLITTERS: dict[str, tuple[str, ...]] = {  # records
     "stratified": ("molecule", "crystal", "composition"),
     "time": ("molecule", "crystal", "composition"),
     "butina": ("rings",),
+    "component_sets": ("mixture",),
+    "new_components": ("mixture",),
 }
 POTENTIALS: dict[str, dict[str, Any]] = {  # how exact: CHGNet computes in single precision
     "chgnet": dict(step=1e-2, tolerance=3e-2),

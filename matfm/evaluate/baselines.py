@@ -1,4 +1,4 @@
-"""The mean, and random forests on fingerprints or composition: what every model has to beat, with the same split and the same call.
+"""The mean, random forests on fingerprints or composition, and support vectors on fingerprints: what every model has to beat, with the same split and the same call.
 
 Docs: https://matfm.github.io/matfm/evaluate/baselines.html.md"""
 
@@ -9,17 +9,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
 
-from ..core import BadInput, pick
+from ..core import BadInput, Spec, pick
 from ..data.records import Records, Rejected
 from ..registry import baselines
 from ..represent.descriptors import CompositionStats, Descriptor, Ecfp, matrix
 
 # %% auto #0
-__all__ = ['Baseline', 'checked_targets', 'fit_targets', 'predict_targets', 'Dummy', 'Forest', 'EcfpForest', 'CompositionForest']
+__all__ = ['Baseline', 'checked_targets', 'fit_targets', 'predict_targets', 'Dummy', 'Forest', 'EcfpForest', 'CompositionForest',
+           'tanimoto', 'squared_distance', 'Platt', 'dealt_folds', 'SvmSetting', 'svm_settings', 'svm_scores',
+           'svm_out_of_fold', 'choose_svm', 'SvmModel', 'fit_svm', 'EcfpSvm']
 
 # %% ../../nbs/evaluate/42_baselines.ipynb #6ea1619d
 class Baseline(ABC):
@@ -98,6 +101,7 @@ def predict_targets(baseline: Any, records: Records) -> tuple[np.ndarray, np.nda
 @baselines.register("dummy")
 class Dummy(Baseline):
     "The training set's mean (regression) or frequency of class 1 (binary)."
+    domains = ("molecule", "crystal", "composition", "mixture")
     def features(self, records: Records) -> tuple[np.ndarray, np.ndarray, Rejected]:
         return np.zeros((len(records), 1)), np.arange(len(records)), Rejected.empty()
 
@@ -152,3 +156,159 @@ class CompositionForest(Forest):
     "Random forest on composition statistics; of a crystal it sees the composition alone."
     domains = ("composition", "crystal")
     descriptor = CompositionStats()
+
+# %% ../../nbs/evaluate/42_baselines.ipynb #46b9d70d
+def tanimoto(
+    A: Any,       # [n, F] bits, an array or a scipy sparse matrix
+    B: Any,       # [m, F] likewise
+) -> np.ndarray:  # [n, m], from 0 to 1
+    "Tanimoto similarity of every row of A to every row of B; two rows without bits are alike."
+    both = A @ B.T
+    both = both.toarray() if hasattr(both, "toarray") else both
+    a, b = (np.asarray(X.sum(axis=1), dtype=both.dtype).reshape(-1) for X in (A, B))
+    either = a[:, None] + b - both
+    return np.where(either > 0, both / np.maximum(either, 1), 1)
+
+# %% ../../nbs/evaluate/42_baselines.ipynb #90163962
+def squared_distance(
+    A: np.ndarray,  # [n, F]
+    B: np.ndarray,  # [m, F]
+) -> np.ndarray:    # [n, m]
+    "Squared Euclidean distance of every row of A to every row of B."
+    return np.maximum((A * A).sum(axis=1)[:, None] + (B * B).sum(axis=1) - 2 * A @ B.T, 0)
+
+# %% ../../nbs/evaluate/42_baselines.ipynb #6e811265
+@dataclass(frozen=True)
+class Platt(Spec):
+    "A logistic curve from scores to probabilities of class 1."
+    slope: float      # ≥ 0, per unit of the score
+    intercept: float  # logit at score 0
+
+    @classmethod
+    def fit(cls, scores: np.ndarray, y: np.ndarray) -> Platt:  # [n], of rows the scorer was not trained on; [n] of 0 and 1
+        "The likeliest curve, drawn a little towards no slope."
+        from sklearn.linear_model import LogisticRegression
+        scale, rate = max(float(scores.std()), 1e-9), float(np.clip(y.mean(), 1e-6, 1 - 1e-6))
+        if 0 < y.mean() < 1:
+            curve = LogisticRegression().fit(scores[:, None] / scale, y > 0.5)
+            if curve.coef_[0, 0] > 0: return cls(float(curve.coef_[0, 0]) / scale, float(curve.intercept_[0]))
+        return cls(0.0, float(np.log(rate / (1 - rate))))
+
+    def logit(self, scores: np.ndarray) -> np.ndarray: return self.slope * scores + self.intercept
+    def __call__(self, scores: np.ndarray) -> np.ndarray: return 1 / (1 + np.exp(-self.logit(scores)))
+
+# %% ../../nbs/evaluate/42_baselines.ipynb #5f47d784
+def dealt_folds(
+    y: np.ndarray,  # [n]
+    k: int = 5,
+    seed: int = 0,  # decides between equal targets
+) -> np.ndarray:    # [n] int, 0 … k − 1
+    "Fold numbers that spread the targets evenly."
+    shuffled, fold = np.random.default_rng(seed).permutation(len(y)), np.empty(len(y), int)
+    fold[shuffled[np.argsort(y[shuffled], kind="stable")]] = np.arange(len(y)) % k
+    return fold
+
+# %% ../../nbs/evaluate/42_baselines.ipynb #89b54e1b
+@dataclass(frozen=True)
+class SvmSetting(Spec):
+    "What is chosen by cross-validation."
+    width: float = 0.0    # of the Gaussian kernel, in mean squared distances; 0: the Tanimoto kernel
+    C: float = 1.0        # cost of an error
+    epsilon: float = 0.1  # errors up to this are free, in standard deviations of the target; regression only
+
+    def kernel(self, A: np.ndarray, B: np.ndarray, gap: float) -> np.ndarray:  # gap: the mean squared distance
+        return np.exp(-squared_distance(A, B) / (self.width * gap)) if self.width else tanimoto(A, B)
+
+    def machine(self, kind: str) -> Any:
+        from sklearn.svm import SVC, SVR
+        return SVC(kernel="precomputed", C=self.C) if kind == "binary" else SVR(kernel="precomputed", C=self.C, epsilon=self.epsilon)
+
+# %% ../../nbs/evaluate/42_baselines.ipynb #747d5a70
+def svm_settings(kind: str) -> list[SvmSetting]:
+    "The settings that are compared."
+    return [SvmSetting(w, C, e) for w in (0.0, 1.0, 3.0) for C in (1.0, 10.0) for e in ((0.1,) if kind == "binary" else (0.03, 0.2))]
+
+def svm_scores(machine: Any, K: np.ndarray) -> np.ndarray: return machine.decision_function(K) if hasattr(machine, "decision_function") else machine.predict(K)
+
+def svm_out_of_fold(
+    setting: SvmSetting,
+    kind: str,
+    K: np.ndarray,     # [n, n]
+    z: np.ndarray,     # [n], classes or standardised targets
+    fold: np.ndarray,  # [n]
+) -> np.ndarray:       # [n]
+    "Scores of every row by a machine that was trained on the other folds."
+    out = np.zeros(len(z))
+    for k in range(fold.max() + 1):
+        there = fold == k
+        out[there] = svm_scores(setting.machine(kind).fit(K[np.ix_(~there, ~there)], z[~there]), K[np.ix_(there, ~there)])
+    return out
+
+# %% ../../nbs/evaluate/42_baselines.ipynb #9aed0a6a
+def choose_svm(
+    kind: str,
+    X: np.ndarray,  # [n, F]
+    z: np.ndarray,  # [n], classes or standardised targets
+    gap: float,     # mean squared distance
+    fold: np.ndarray,
+) -> tuple[SvmSetting, np.ndarray]:
+    "The setting with the smallest error (log loss of classes) over the folds, and its out-of-fold scores."
+    found: list[tuple[float, int, SvmSetting, np.ndarray]] = []
+    for s in svm_settings(kind):
+        scores = svm_out_of_fold(s, kind, s.kernel(X, X, gap), z, fold)
+        p = np.clip(Platt.fit(scores, z)(scores), 1e-6, 1 - 1e-6) if kind == "binary" else scores
+        found.append((float(-np.log(np.where(z > 0.5, p, 1 - p)).mean() if kind == "binary" else ((p - z) ** 2).mean()), len(found), s, scores))
+    return min(found)[2:]
+
+# %% ../../nbs/evaluate/42_baselines.ipynb #ee753b42
+@dataclass(frozen=True)
+class SvmModel:
+    "Support vectors and what turns their score into an answer."
+    setting: SvmSetting
+    gap: float            # mean squared distance
+    support: np.ndarray   # [s, F]
+    weights: np.ndarray   # [s]
+    offset: float
+    mean: float           # of the target
+    std: float
+    curve: Platt | None   # of classes
+    error: float          # out-of-fold root mean squared error; regression
+
+    def __call__(self, X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        "Mean and standard deviation, [m] each."
+        scores = self.setting.kernel(X, self.support, self.gap) @ self.weights + self.offset
+        if self.curve is None: return self.mean + self.std * scores, np.full(len(X), self.error)
+        p = self.curve(scores)
+        return p, np.sqrt(p * (1 - p))
+
+# %% ../../nbs/evaluate/42_baselines.ipynb #ad58362d
+def fit_svm(kind: str, X: np.ndarray, y: np.ndarray, seed: int, tune: int = 800) -> SvmModel | None:
+    "A machine with the best setting; None where there are too few rows (or rows of a class) to choose one."
+    some = np.flatnonzero(dealt_folds(y, -(-len(y) // tune), seed) == 0)
+    k = min(5, len(some), *(np.bincount(y[some].astype(int), minlength=2).tolist() if kind == "binary" else ()))
+    if k < 2: return None
+    mean, std = (0.0, 1.0) if kind == "binary" else (float(y.mean()), float(y.std()) or 1.0)
+    z = (y - mean) / std
+    gap = float(np.mean(squared_distance(X[some], X[some]))) or 1.0
+    setting, scores = choose_svm(kind, X[some], z[some], gap, dealt_folds(y[some], k, seed))
+    machine = setting.machine(kind).fit(setting.kernel(X, X, gap), z)
+    curve = Platt.fit(scores, z[some]) if kind == "binary" else None
+    error = std * float(np.sqrt(((scores - z[some]) ** 2).mean()))
+    return SvmModel(setting, gap, X[machine.support_], machine.dual_coef_[0], float(machine.intercept_[0]), mean, std, curve, error)
+
+# %% ../../nbs/evaluate/42_baselines.ipynb #85e59032
+@baselines.register("ecfp_svm")
+class EcfpSvm(Baseline):
+    "Support vectors on extended-connectivity fingerprints of molecules, settings chosen by cross-validation."
+    domains = ("molecule",)
+    def __init__(self, kind: str = "regression", radius: int = 2, bits: int = 2048, seed: int = 0):
+        super().__init__(kind)
+        self.descriptor = Ecfp(radius, bits)
+        self.config |= {"radius": radius, "bits": bits, "seed": seed}
+
+    def features(self, records: Records) -> tuple[np.ndarray, np.ndarray, Rejected]: return matrix(self.descriptor, records)
+    def learn(self, X: np.ndarray, y: np.ndarray) -> tuple[SvmModel | None, float, float]: return fit_svm(self.kind, X, y, self.config["seed"]), float(y.mean()), float(y.std())
+
+    def answer(self, model: tuple[SvmModel | None, float, float], X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        machine, mean, std = model
+        return machine(X) if machine else (np.full(len(X), mean), np.full(len(X), std))

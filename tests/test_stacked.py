@@ -1,0 +1,211 @@
+"""The stacked predictor: what it promises about batches, seeds, missing values, budgets, bad input and folders; and the support vector baseline."""
+import json
+from dataclasses import replace
+
+import numpy as np
+import polars as pl
+import pytest
+
+from matfm.core import BadInput
+from matfm.data.records import Records, molecules
+from matfm.evaluate.baselines import Dummy, EcfpForest, EcfpSvm, Platt, dealt_folds, svm_settings, tanimoto
+from matfm.evaluate.metrics import auroc, rmse
+from matfm.evaluate.uncertainty import coverage
+
+stacked = pytest.importorskip("matfm.adapt.stacked")
+Stacked, StackedSpec, fit_stacked = stacked.Stacked, stacked.StackedSpec, stacked.fit_stacked
+
+CORES = ["C1CCCCC1{}", "c1ccccc1{}", "c1ccncc1{}", "CC(C)C{}", "C1CCOC1{}", "CCCC{}"]
+ENDS = ["", "C", "CC", "O", "N", "F", "Cl", "C(=O)O", "C#N", "OC", "C(=O)C", "NC", "CO", "CN", "CCO", "S", "Br", "C(F)(F)F", "OCC", "CC(=O)O"]
+SMILES = [c.format(e) for c in CORES for e in ENDS]
+
+
+def logp(smiles: str) -> float:
+    from rdkit.Chem import Crippen, MolFromSmiles
+    return Crippen.MolLogP(MolFromSmiles(smiles))
+
+
+@pytest.fixture(scope="module")
+def table() -> Records:
+    "Molecules with a number, a class and a column with gaps; the order is random."
+    rng = np.random.default_rng(0)
+    smiles = [SMILES[i] for i in rng.permutation(len(SMILES))]
+    y = np.array([logp(s) for s in smiles])
+    noisy = y + 0.1 * rng.normal(size=len(y))
+    gaps = np.where(rng.random(len(y)) < 0.3, np.nan, 3 * y + 1)
+    return molecules(smiles, {"logp": noisy, "greasy": (y > np.median(y)).astype(float), "sparse": gaps}, name="made")[0]
+
+
+@pytest.fixture(scope="module")
+def model(table):
+    return fit_stacked(table.take(np.arange(80)), StackedSpec(folds=2))
+
+
+def test_it_learns_and_says_who_did_the_work(model, table):
+    held = table.take(np.arange(80, len(table)))
+    p, rejected = model.predict(held)
+    assert p.columns == ["id", "logp", "logp_std", "logp_lower", "logp_upper", "greasy", "sparse", "sparse_std", "sparse_lower", "sparse_upper", "similarity", "in_domain"]
+    y = held.y("logp")[:, 0]
+    assert rmse(y, p["logp"].to_numpy()) < 0.5 * y.std() and not len(rejected)
+    assert auroc(held.y("greasy")[:, 0], p["greasy"].to_numpy()) > 0.9 and p["greasy"].is_between(0, 1).all()
+    for t in model.targets:
+        rows = t.about["members"]
+        assert [r["member"] for r in rows] == ["kernel", "boosting"] and np.isclose(t.weights.sum(), 1) and t.weights.min() >= 0
+        assert all(r["error of all"] <= r["error without it"] * 1.05 for r in rows)
+    assert "logp (regression, 80 molecules): kernel" in repr(model) and "boosting" in model._repr_html_()
+    assert {m.name for m in model.evaluate(held)} >= {"rmse", "auroc"}
+
+
+def test_missing_values_are_left_out(model, table):
+    assert model.targets[2].about["rows"] == np.isfinite(table.take(np.arange(80)).y("sparse")).sum() < 80
+    alone = table.take(np.arange(80))
+    alone = replace(alone, targets={"sparse": ""})
+    alone = alone.take(np.flatnonzero(np.isfinite(alone.y("sparse")[:, 0])))
+    again = fit_stacked(alone, StackedSpec(members=("kernel",), folds=3))
+    both = fit_stacked(replace(table.take(np.arange(80)), targets={"logp": "", "sparse": ""}), StackedSpec(members=("kernel",), folds=3))
+    probe = table.take(np.arange(80, 100))
+    np.testing.assert_allclose(both.predict(probe)[0]["sparse"], again.predict(probe)[0]["sparse"], rtol=1e-9)
+
+
+def test_intervals_hold_their_share_and_wide_ones_are_the_doubtful(table):
+    rng = np.random.default_rng(3)
+    hits, n = 0, 0
+    for seed in range(3):
+        order = rng.permutation(len(table))
+        one = replace(table, targets={"logp": ""})
+        p = fit_stacked(one.take(order[:80]), StackedSpec(members=("kernel",), seed=seed)).predict(one.take(order[80:]))[0]
+        hits += coverage(one.take(order[80:]).y("logp")[:, 0], p["logp_lower"], p["logp_upper"]) * 40
+        n += 40
+        assert (p["logp_lower"] < p["logp"]).all() and p["logp_std"].min() > 0
+    assert 0.78 < hits / n <= 1
+
+
+def test_batches_do_not_matter_and_streams_agree(model, table):
+    whole = model.predict(table)[0]
+    small = Stacked(**{**vars(model), "batch": 7}).predict(table)[0]
+    for name in whole.columns[1:-1]: np.testing.assert_allclose(whole[name], small[name], rtol=1e-9, atol=1e-9)
+    made = pl.concat(Stacked(**{**vars(model), "batch": 11}).stream(iter(table.structures())))
+    np.testing.assert_allclose(made["logp"], whole["logp"], rtol=1e-9)
+    assert made["id"].to_list() == [str(i) for i in range(len(table))]
+    assert list(model.stream([])) == [] and len(model.predict(table.take(np.arange(0)))[0]) == 0
+
+
+def test_rows_that_cannot_be_read_keep_their_place(model, table):
+    frame = pl.DataFrame({"id": ["a", "b", "c"], "smiles": ["CCO", "C1CC", "c1ccccc1"]})
+    p, rejected = Stacked(**{**vars(model), "batch": 1}).predict(Records(frame, "molecule", {}, canonical=False))
+    assert p["id"].to_list() == ["a", "b", "c"] and np.isnan(p["logp"][1]) and p["in_domain"][1] is None and np.isfinite(p["logp"][2])
+    assert rejected.frame["row"].to_list() == [1] and rejected.frame["id"].to_list() == ["b"]
+
+
+def test_far_molecules_are_out_of_the_domain(model, table):
+    assert model.predict(table.take(np.arange(80)))[0]["in_domain"].mean() >= 0.95
+    far, _ = molecules(["[Na+].[I-]", "F[P-](F)(F)(F)(F)F", "O=S(=O)(O)O"])
+    assert not any(model.predict(far)[0]["in_domain"])
+
+
+def test_same_seed_same_model_and_the_order_of_calls_does_not_matter(table):
+    some = replace(table.take(np.arange(40)), targets={"logp": ""})
+    spec = StackedSpec(members=("boosting",), folds=2, seed=4)
+    np.random.seed(1)
+    a = fit_stacked(some, spec).predict(table)[0]
+    np.random.seed(2)
+    assert a.equals(fit_stacked(some, spec).predict(table)[0])
+    assert not a.equals(fit_stacked(some, spec.replace(seed=5)).predict(table)[0])
+
+
+def test_folder_gives_the_same_bits(model, table, tmp_path):
+    model.save_pretrained(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.safetensors", "stacked.json"]
+    back = Stacked.load(tmp_path)
+    assert back.predict(table)[0].equals(model.predict(table)[0], null_equal=True) and back.spec == model.spec
+    assert [t.about for t in back.targets] == [t.about for t in model.targets]
+
+
+def test_damaged_folders_are_refused(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    text = (tmp_path / "stacked.json").read_text()
+    for change, message in [({"format": 2}, "format 2"), ({"weights_sha256": "0"}, "checksum"), ({"targets": [{}]}, "not complete")]:
+        (tmp_path / "stacked.json").write_text(json.dumps({**json.loads(text), **change}))
+        with pytest.raises(BadInput, match=message): Stacked.load(tmp_path)
+    (tmp_path / "stacked.json").write_text(text[:100])
+    with pytest.raises(BadInput, match="cannot be read"): Stacked.load(tmp_path)
+    (tmp_path / "stacked.json").unlink()
+    with pytest.raises(BadInput, match="no stacked.json"): Stacked.load(tmp_path)
+
+
+def test_budget_leaves_a_working_model(table):
+    some = replace(table.take(np.arange(60)), targets={"logp": "", "sparse": ""})
+    made = fit_stacked(some, StackedSpec(budget=1e-6))
+    assert [list(t.members) for t in made.targets] == [["kernel"]] * 2 and made.predict(table)[0]["sparse"].is_finite().all()
+    first = fit_stacked(replace(some, targets={"logp": ""}), StackedSpec(members=("boosting", "kernel"), budget=1e-6, folds=2))
+    assert list(first.targets[0].members) == ["boosting"], "the first member is fitted whatever it takes"
+
+
+def test_more_rows_than_landmarks(table):
+    some = replace(table, targets={"logp": ""})
+    few = fit_stacked(some.take(np.arange(100)), StackedSpec(members=("kernel",), kernel_rows=50))
+    held = some.take(np.arange(100, len(some)))
+    assert len(few.targets[0].members["kernel"].beta) == 50
+    assert rmse(held.y("logp")[:, 0], few.predict(held)[0]["logp"].to_numpy()) < 0.8 * held.y("logp").std()
+
+
+def test_bad_input_is_named(table):
+    for change, message in [(dict(members=("svm",)), "unknown member"), (dict(budget=-1), "budget"), (dict(kernel_rows=3), "kernel_rows"), (dict(level=1.0), "level"),
+                            (dict(members=("kernel", "kernel")), "twice"), (dict(seed=-1), "seed")]:
+        with pytest.raises(BadInput, match=message): StackedSpec(**change)
+    with pytest.raises(BadInput, match="no targets"): fit_stacked(replace(table, targets={}))
+    with pytest.raises(BadInput, match="unknown target"): fit_stacked(table, kinds={"logd": "binary"})
+    with pytest.raises(BadInput, match="not binary"): fit_stacked(table, kinds={"logp": "binary"})
+    with pytest.raises(BadInput, match="at least 10"): fit_stacked(table.take(np.arange(6)))
+    salt = Records(pl.DataFrame({"id": ["a"], "formula": ["NaCl"]}), "composition", {})
+    with pytest.raises(BadInput, match="kind of record"): stacked.features_of(salt, stacked.quick_descriptors())
+
+
+def test_constant_and_rare_targets(table):
+    same = table.with_columns({"same": np.ones(len(table)) * 3.5, "rare": (np.arange(len(table)) < 3).astype(float)})
+    same = replace(same, targets={"same": "", "rare": ""})
+    p = fit_stacked(same, StackedSpec(members=("kernel",))).predict(table)[0]
+    np.testing.assert_allclose(p["same"], 3.5, atol=1e-6)
+    assert p["rare"].is_finite().all() and p["rare"].mean() < 0.2
+
+
+def test_unary_bits_are_the_minimum_of_counts():
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 2**40, 30)
+    for _ in range(20):
+        a, b = ({int(c): int(n) for c, n in zip(codes, rng.integers(0, 8, 30), strict=True) if n} for _ in range(2))
+        both = sum(min(a.get(c, 0), b.get(c, 0)) for c in set(a) | set(b))
+        either = sum(max(a.get(c, 0), b.get(c, 0)) for c in set(a) | set(b))
+        assert tanimoto(*(stacked.bit_matrix([stacked.unary_bits(v)]) for v in (a, b)))[0, 0] == pytest.approx(both / either)
+
+
+# ---- the baseline ----------------------------------------------------------------------------------------------------
+
+def test_svm_beats_the_mean_and_chooses_inside_the_training_part(table):
+    y = table.y("logp")[:, 0]
+    train, test = table.take(np.arange(80)), table.take(np.arange(80, len(table)))
+    svm = EcfpSvm().fit(train, "logp")
+    p, std = svm.predict(test, return_std=True)
+    assert rmse(y[80:], p) < 0.7 * rmse(y[80:], Dummy().fit(train, "logp").predict(test)) and std.min() > 0
+    assert svm.models[0][0].setting in svm_settings("regression") and np.array_equal(EcfpSvm().fit(train, "logp").predict(test), p)
+    q = EcfpSvm("binary").fit(train, "greasy").predict(test)
+    assert auroc(test.y("greasy")[:, 0], q) > 0.8 and 0 < q.min() and q.max() < 1
+    assert EcfpForest("binary", n_estimators=20).fit(train, "greasy").predict(test).shape == q.shape
+
+
+def test_svm_with_hardly_any_rows(table):
+    few = table.take(np.arange(3))
+    assert np.isfinite(EcfpSvm().fit(few, "logp").predict(table)).all()
+    one = few.with_columns({"one": np.array([1.0, 0.0, 0.0])}, targets={"one": ""})
+    np.testing.assert_allclose(EcfpSvm("binary").fit(one, "one").predict(table), 1 / 3)
+    with pytest.raises(BadInput, match="not binary"): EcfpSvm("binary").fit(table, "logp")
+
+
+def test_folds_are_even_and_curves_rise():
+    y = np.random.default_rng(0).normal(size=103)
+    fold = dealt_folds(y, 5, seed=1)
+    assert np.bincount(fold).min() >= 20 and max(abs(y[fold == k].mean() - y.mean()) for k in range(5)) < 0.15
+    classes = (np.arange(50) < 10).astype(float)
+    assert {int(classes[dealt_folds(classes, 5) == k].sum()) for k in range(5)} == {2}
+    falling = Platt.fit(-y, (y > 0).astype(float))
+    assert falling.slope == 0 and np.allclose(falling(y), (y > 0).mean())
