@@ -34,6 +34,7 @@ __all__ = ['REJECTED_SCHEMA', 'SYMBOLS', 'NUMBERS', 'STRUCTURE', 'BASES', 'MAKER
 import numpy as np
 import polars as pl
 from ..core import BadInput, TooManyRejected, UnknownName, atomic_write, canonical_json, check_unit, pick
+from ..run.figures import Overview, overview
 
 # %% ../../nbs/data/10_records.ipynb #644134bf
 REJECTED_SCHEMA = {"id": pl.String, "row": pl.Int64, "value": pl.String, "reason": pl.String}
@@ -505,6 +506,11 @@ class Records(Table):
         meta = (table.schema.metadata or {}).get(b"matfm")
         if meta is None: raise BadInput(f"{path} was not written by Records.save; use read_table or from_frame")
         return cls(pl.DataFrame(pl.from_arrow(table.replace_schema_metadata(None))), **json.loads(meta))
+
+    def draw(self, examples: int = 8) -> Overview:
+        "Targets, sizes and elements in one picture; of molecules some structures, drawn at random, below it."
+        chosen = np.random.default_rng(0).permutation(len(self))[:examples] if self.domain == "molecule" else []
+        return overview(self, [molecule_svg(self[i]["smiles"]) for i in chosen], [self[i]["id"] for i in chosen])
 
     def __repr__(self) -> str: return f"Records({self.name or self.domain}: {len(self)} × {self.domain}, targets {self.targets})"
     def _repr_html_(self) -> str: return records_html(self)

@@ -81,6 +81,9 @@ class Source(Spec):
     @property
     def embedded(self) -> bool: return self.file.startswith("data/")
     def card(self) -> str: return _card(self)
+    def draw(self, limit: int | None = 20_000) -> Any:
+        "The data set (or the first `limit` rows of it) in one picture, see `Records.draw`."
+        return load(self, limit).draw()
     def _repr_html_(self) -> str: return _card_html(self)
 
 # %% ../../nbs/data/11_sources.ipynb #dab38d80
