@@ -311,6 +311,10 @@ def test_order_of_parts_means_nothing(parts, random):
     assert more.key != a.key
 
 
+def test_a_number_that_no_integer_holds():
+    assert "numbers cannot be read" in from_values([{"numbers": [9.3e18], "positions": [[0, 0, 0]]}], "atoms")[1].frame["reason"][0]
+
+
 @QUICK
 @given(st.dictionaries(st.sampled_from(["components", "fractions", "roles", "numbers", "positions", "lattice"]), st.lists(st.one_of(TEXT, st.floats(), st.integers(-2, 200)), max_size=4), max_size=6))
 def test_any_mapping_as_structure(value):

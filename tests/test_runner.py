@@ -62,7 +62,8 @@ def shell(space):
     started_here = []
     def start(*arguments):
         started_here.append(subprocess.Popen([sys.executable, "-c", "from matfm.app.cli import main; main()", *arguments], cwd=space, text=True,
-                                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True))
+                                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+                                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)))  # heard even where these tests run in the background
         return started_here[-1]
     yield start
     for p in started_here:

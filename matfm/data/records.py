@@ -145,7 +145,7 @@ def formula_html(
 def _array(value: Any, dtype: type, shape: tuple[int, ...], what: str) -> np.ndarray:
     "A read-only finite array of that shape (−1: any length), or `BadInput`."
     try: a: np.ndarray = np.array(value, dtype=dtype).reshape(shape)
-    except (TypeError, ValueError) as e: raise BadInput(f"{what} cannot be read as an array {shape}: {e}") from e
+    except (TypeError, ValueError, OverflowError) as e: raise BadInput(f"{what} cannot be read as an array {shape}: {e}") from e
     if not np.isfinite(a).all(): raise BadInput(f"{what} holds NaN or infinity")
     a.setflags(write=False)
     return a
