@@ -509,7 +509,7 @@ class Records(Table):
 
     def draw(self, examples: int = 8) -> Overview:
         "Targets, sizes and elements in one picture; of molecules some structures, drawn at random, below it."
-        chosen = np.random.default_rng(0).permutation(len(self))[:examples] if self.domain == "molecule" else []
+        chosen = np.random.default_rng(0).permutation(len(self))[:examples].tolist() if self.domain == "molecule" else []
         return overview(self, [molecule_svg(self[i]["smiles"]) for i in chosen], [self[i]["id"] for i in chosen])
 
     def __repr__(self) -> str: return f"Records({self.name or self.domain}: {len(self)} × {self.domain}, targets {self.targets})"

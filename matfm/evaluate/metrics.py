@@ -15,15 +15,15 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ..core import BadInput, pick
+from ..run.figures import COLOURS, axes, with_unit
 from ..run.results import Metric
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # %% auto #0
-__all__ = ['METRICS', 'COLOURS', 'paired', 'Measure', 'metrics_of', 'mae', 'rmse', 'r2', 'spearman', 'auroc', 'auprc', 'accuracy',
-           'logloss', 'resamples', 'as_measure', 'bootstrap', 'paired_bootstrap', 'evaluate', 'with_unit', 'axes',
-           'parity', 'residuals', 'whiskers']
+__all__ = ['METRICS', 'paired', 'Measure', 'metrics_of', 'mae', 'rmse', 'r2', 'spearman', 'auroc', 'auprc', 'accuracy', 'logloss',
+           'resamples', 'as_measure', 'bootstrap', 'paired_bootstrap', 'evaluate', 'parity', 'residuals', 'whiskers']
 
 # %% ../../nbs/evaluate/40_metrics.ipynb #fef60d05
 def paired(
@@ -279,30 +279,6 @@ def evaluate(
     outputs = list(task.outputs)
     if a.ndim != 2 or a.shape[1] != len(outputs): raise BadInput(f"y and pred must be tables of {len(outputs)} columns, got shape {a.shape}")
     return [m for j, o in enumerate(outputs) for m in _column(o.kind, a[:, j], p[:, j], o.unit, {"output": o.name}, **options)]
-
-# %% ../../nbs/evaluate/40_metrics.ipynb #93f92040
-COLOURS = {"blue": "#0072B2", "orange": "#E69F00", "green": "#009E73", "red": "#D55E00", "purple": "#CC79A7", "sky": "#56B4E9", "grey": "#7A7A7A"}
-
-def with_unit(name: str, unit: str = "") -> str:
-    "An axis label: `name (unit)`."
-    return f"{name} ({unit})" if unit else name
-
-# %% ../../nbs/evaluate/40_metrics.ipynb #1e9f8dfd
-def axes(
-    ax: Axes | None = None,  # draw here; None: a new figure
-    xlabel: str = "", ylabel: str = "", title: str = "",
-    size: tuple[float, float] = (4.4, 3.4),  # inches, of a new figure
-) -> Axes:
-    "Axes in matfm's style."
-    import matplotlib.pyplot as plt
-    if ax is None: ax = plt.subplots(figsize=size, layout="constrained")[1]
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(True, color="#DDDDDD", linewidth=0.6)
-    ax.set_axisbelow(True)
-    ax.set_prop_cycle(color=list(COLOURS.values()))
-    ax.set(xlabel=xlabel, ylabel=ylabel)
-    if title: ax.set_title(title, loc="left", fontsize="medium")
-    return ax
 
 # %% ../../nbs/evaluate/40_metrics.ipynb #e6c0f7c3
 def parity(

@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ..core import BadInput, Spec
-from .metrics import COLOURS, axes, paired
+from .metrics import paired
+from ..run.figures import COLOURS, axes
 from ..run.results import Metric
 
 if TYPE_CHECKING:
