@@ -222,7 +222,9 @@ BATCH_KEYS: dict[str, str] = {
     "distance": "[E] float32, length of `vector`, Å",
     "graph": "[N] int64, which record an atom belongs to",
     "counts": "[B] int64, atoms of each record",
+    "ends": "[B] int64, where each record ends in a packed batch, whose `tokens` are [T]",
     "x": "[B, F] float32, descriptor vector",
+    "aux": "[B, F] float32, known values to learn from, NaN where missing",
     "y": "[B, T] float32, targets, NaN where missing",
     "index": "[B] int64, row of each record in its table",
 }
@@ -249,7 +251,7 @@ class Representation(Protocol):
 @runtime_checkable
 class Encoder(Protocol):
     "Batch → `Encoded`. A plain torch module that can be rebuilt from `config`."
-    width: int              # d
+    width: int              # d of the embedding; of the states too, unless `state_width` says otherwise
     config: dict[str, Any]  # keyword arguments that rebuild it
     def __call__(self, batch: Batch) -> Encoded: ...
 

@@ -124,8 +124,8 @@ def check_shapes(
     "Axes agree, the mask is boolean, states are finite and zero where padded."
     e = encoder(batch)
     ensure(tuple(e.embedding.shape) == (records, encoder.width), f"embedding must be [{records}, {encoder.width}], is {tuple(e.embedding.shape)}")
-    ensure(e.states.dim() == 3 and e.states.shape[0] == records and e.states.shape[2] == encoder.width,
-           f"states must be [{records}, n, {encoder.width}], are {tuple(e.states.shape)}")
+    width = getattr(encoder, "state_width", encoder.width)
+    ensure(e.states.dim() == 3 and e.states.shape[0] == records and e.states.shape[2] == width, f"states must be [{records}, n, {width}], are {tuple(e.states.shape)}")
     ensure(str(e.mask.dtype) == "torch.bool" and e.mask.shape == e.states.shape[:2], f"mask must be bool {tuple(e.states.shape[:2])}, is {e.mask.dtype} {tuple(e.mask.shape)}")
     ensure(e.mask.any(1).all(), "every record needs at least one real part")
     ensure(not e.states[~e.mask].any(), "states must be zero where the mask is False")

@@ -111,7 +111,22 @@ def test_from_a_table_to_predictions(tmp_path):
     matfm("predict", out, tmp_path / "new.csv", "--smiles", "mol", "--out", tmp_path / "pred.csv")
     made = pl.read_csv(tmp_path / "pred.csv")
     assert made["mol"].to_list() == ["CCCO", "not a molecule", "NCCC"]
-    assert made["length (A)"].is_null().to_list() == [False, True, False] and made["reason"].is_null().to_list() == [True, False, True]
-    assert (made["length (A)_lower"] <= made["length (A)"]).to_list() == [True, None, True] and (made["length (A)"] <= made["length (A)_upper"]).to_list() == [True, None, True]
+    assert made["name"].to_list() == ["a", "b", "c"] and made["length (A)_pred"].is_null().to_list() == [False, True, False] == made["in_domain"].is_null().to_list()
+    assert (made["length (A)_lower"] <= made["length (A)_pred"]).to_list() == [True, None, True] and (made["length (A)_pred"] <= made["length (A)_upper"]).to_list() == [True, None, True]
     assert len(pl.read_csv(tmp_path / "pred.rejected.csv")) == 1
     assert "unknown column 'mool'" in matfm("predict", out, tmp_path / "new.csv", "--smiles", "mool", "--out", tmp_path / "x.csv", code=2).stderr
+
+
+def test_molecules_are_stacked_unless_a_network_is_asked_for(tmp_path):
+    chains = [f"{a}{'C' * n}{b}" for n in range(1, 11) for a in ("", "O", "N", "F") for b in ("", "O", "Cl")]
+    pl.DataFrame({"smiles": chains, "length": list(map(len, chains)), "polar": [int(s[0] in "ON") for s in chains]}).write_csv(tmp_path / "chains.csv")
+    given = ("finetune", tmp_path / "chains.csv", "--target", "length", "--target", "polar", "--split", "random", "--out", tmp_path / "m")
+    said = matfm(*given, "--budget", "10s").stdout
+    assert "members of length" in said and "members of polar" in said and "kernel" in said and "ecfp_forest" in said and (tmp_path / "m" / "stacked.json").is_file()
+    assert f"{len(chains)} of {len(chains)} rows predicted" in matfm("predict", tmp_path / "m", tmp_path / "chains.csv", "--jobs", "1", "--out", tmp_path / "p.csv").stdout
+    made = pl.read_csv(tmp_path / "p.csv")
+    assert made.columns[3:] == ["length_pred", "length_lower", "length_upper", "polar_pred", "polar_lower", "polar_upper", "in_domain"] and len(made) == len(chains)
+    assert (made["length_pred"] - made["length"]).abs().mean() < 1 and made["in_domain"].mean() > 0.9 and not (tmp_path / "p.rejected.csv").exists()
+    assert "--epochs to networks" in matfm(*given, "--budget", "10s", "--epochs", "2", code=2).stderr
+    assert "say for example 90s" in matfm(*given, "--budget", "soon", code=2).stderr
+    assert "rename it" in matfm("predict", tmp_path / "m", tmp_path / "p.csv", "--out", tmp_path / "q.csv", code=2).stderr

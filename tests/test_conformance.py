@@ -85,21 +85,43 @@ REPRESENTATIONS: dict[str, Callable[[Any], Any]] = {
     "mixture": lambda cls: cls(),
     "mixture_pair": lambda cls: cls(),
     "molecule_3d": lambda cls: cls(count=1),
+    "molecule_conformer": lambda cls: cls(count=1, targets=True),
+    "molecule_views": lambda cls: cls(length=64),
     "descriptors_3d": lambda cls: cls(),
+    "functional_groups": lambda cls: cls.fit(SMILES, support=2, descriptors=("MolLogP",)),
 }
 ENCODERS: dict[str, tuple[dict[str, Any], Callable[[Any], Any] | None]] = {  # configuration; the same record in another order
     "transformer": (dict(width=24, depth=2, heads=2), None),
+    "transformer_decoder": (dict(width=24, depth=2, heads=2), None),
+    "seq2seq": (dict(width=24, depth=1, heads=2), None),
     "molecule_gnn": (dict(width=24, depth=2), renumbered),
+    "group_mlp": (dict(width=24, hidden=48), renumbered),
+    "graph_transformer": (dict(width=24, depth=2, heads=2), renumbered),
+    "conformer_transformer": (dict(width=24, depth=2, heads=2), None),  # a renumbered SMILES gets another conformer
     "crystal_gnn": (dict(width=24, depth=2, basis=16), testing.reordered),
+    "fusion": (dict(parts={n: dict(name="molecule_gnn", width=24, depth=2) for n in ("a", "b")}), renumbered),
 }
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("transformer", dict(feed_forward="swiglu", norm="rms", pool="cls")),
+    ("transformer", dict(attention="linear")),
+    ("molecule_gnn", dict(width=24, depth=2, readout=16)),
+    ("transformer_decoder", dict(feed_forward="swiglu", norm="rms")),
     ("molecule_gnn", dict(pool="sum")),
+    ("conformer_transformer", dict(scales=())),
+    ("fusion", dict(how="gate", width=16)),
 ]
 OBJECTIVES: dict[str, tuple[str, dict[str, Any]]] = {  # encoder; options
     "masked_tokens": ("transformer", {}),
+    "masked_atoms": ("molecule_gnn", {}),
+    "group_reconstruction": ("group_mlp", {}),
+    "next_token": ("transformer_decoder", dict(hide=0.15, ahead=2)),
+    "denoise_spans": ("seq2seq", dict(ahead=2)),
+    "descriptor_targets": ("transformer", dict(mean=[0.2, 1.0], std=[1.0, 0.5], hide=0.15)),
     "element_shuffling": ("crystal_gnn", {}),
     "denoise": ("crystal_gnn", {}),
+    "relational": ("molecule_gnn", {}),
+    "nt_xent": ("molecule_gnn", {}),
+    "scage": ("conformer_transformer", {}),
     "mixed": ("crystal_gnn", dict(parts=("element_shuffling", "denoise"), weights=(1.0, 0.5))),
 }
 BASELINES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {  # records; options
@@ -140,6 +162,18 @@ def case(kind: str, name: str) -> tuple[Any, Any]:
     if name not in TABLES[kind]:
         pytest.fail(f"the {kind} {name!r} is registered and has no case in tests/test_conformance.py")
     return registries()[kind].get(name), TABLES[kind][name]
+
+
+class WithAux:
+    "A representation whose batches also hold `aux`, two numbers for each record."
+    def __init__(self, representation: Any): self.representation = representation
+    def __getattr__(self, name: str) -> Any: return getattr(self.representation, name)
+    def __call__(self, record: Any) -> Any: return self.representation(record)
+
+    def collate(self, items: Any) -> Any:
+        import torch
+        sizes = torch.tensor([float(self.representation.size(i)) for i in items])
+        return {**self.representation.collate(items), "aux": torch.stack([sizes / 10, sizes.sqrt()], 1)}
 
 
 def made(encoder: str, **more: Any) -> tuple[Any, Any, Records]:
@@ -217,6 +251,8 @@ def test_crystal_encoders_are_invariant(max_neighbors, k):
 def test_objective(name):
     cls, (encoder_name, options) = case("objective", name)
     encoder, representation, rows = made(encoder_name)
+    if "aux" in cls.reads: representation = WithAux(representation)
+    if cls.suits == ("molecule_views",): representation = registries()["representation"].get("molecule_views")(length=64)
     testing.check_objective(cls, encoder, representation, rows, **options)
 
 

@@ -21,8 +21,16 @@ SMOKE = {
     "e14_throughput": dict(n_molecules=60, n_crystals=20, n_conformers=1, n_corpus=200, repeats=2, train_steps=1),
     "e15_mixtures": dict(limit=160, seeds=2, trees=10),
     "e16_corpora": dict(limit=400, rows_per_shard=100, batches=10, train_steps=1),
+    "e17_transformer_speed": dict(limit=200, width=32, depth=1, repeats=2),
+    "e23_fgr": dict(datasets="esol", corpus=150, mined=150, support=15, patterns=40, steps=4, width=16, epochs=1, limit=80, seeds=2, trees=5),
+    "e24_relational": dict(n_pretrain=40, steps=2, limit=60, epochs=1, seeds=1, trees=5),
+    "e20_objectives": dict(limit=60, rows=80, steps=3, seeds=1),
     "e30_finetune_molecules": dict(limit=100, epochs=1),
     "e31_finetune_crystals": dict(n_train=50, n_test=50, epochs=1),
+    "e32_moleculenet": dict(limit=60, trees=5, draws=50),
+    "e33_moleculeace": dict(limit=60, trees=5, draws=50),
+    "e34_low_data": dict(limit=70, seeds=1, sizes="30", models="kernel svm"),
+    "e35_versus_peers": dict(sizes="30 40"),
 }
 
 

@@ -30,18 +30,21 @@ from ..run.results import Metric, html_table
 
 if TYPE_CHECKING:
     from matfm.models.heads import Task
+    from matfm.models.zoo import Pretrained
 
 # %% auto #0
-__all__ = ['MEMBERS', 'PRINTS', 'LEVELS', 'SLOTS', 'SLOW', 'SHARES', 'LENGTHS', 'NOISES', 'FOLDED', 'MIN_ROWS', 'StackedSpec',
-           'unary_bits', 'bit_matrix', 'quick_descriptors', 'Features', 'features_of', 'Scaler', 'KernelSpec',
-           'print_similarity', 'loo_predictions', 'choose_kernel', 'KernelMember', 'solve_kernel', 'fit_kernel',
-           'tree_columns', 'Trees', 'flat_trees', 'joined_trees', 'grow', 'BoostingMember', 'fit_boosting',
-           'squared_error', 'logit_loss', 'blend', 'Scale', 'choose_scale', 'Spread', 'Target', 'fit_members',
-           'contributions', 'usable_folds', 'nearest', 'fit_target', 'Stacked', 'predict_batch', 'stream_predictions',
-           'said', 'stacked_html', 'kinds_of', 'fit_stacked', 'save_stacked', 'read_stacked', 'load_stacked']
+__all__ = ['MEMBERS', 'SHIPPED', 'PRINTS', 'LEVELS', 'SLOTS', 'SLOW', 'SHARES', 'LEARNT', 'LENGTHS', 'NOISES', 'FOLDED',
+           'MIN_ROWS', 'StackedSpec', 'unary_bits', 'bit_matrix', 'quick_descriptors', 'Features', 'encoder_of',
+           'embeddings', 'features_of', 'Scaler', 'KernelSpec', 'print_similarity', 'loo_predictions', 'choose_kernel',
+           'KernelMember', 'solve_kernel', 'fit_kernel', 'tree_columns', 'Trees', 'flat_trees', 'joined_trees', 'grow',
+           'BoostingMember', 'fit_boosting', 'squared_error', 'logit_loss', 'blend', 'Scale', 'choose_scale', 'Spread',
+           'Target', 'fit_members', 'contributions', 'usable_folds', 'nearest', 'fit_target', 'Stacked',
+           'predict_batch', 'stream_predictions', 'said', 'stacked_html', 'kinds_of', 'fit_stacked', 'save_stacked',
+           'read_stacked', 'load_stacked']
 
 # %% ../../nbs/adapt/68_stacked.ipynb #st000005
 MEMBERS = ("kernel", "boosting")
+SHIPPED = "matfm-graph-small"
 
 # %% ../../nbs/adapt/68_stacked.ipynb #st000006
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class StackedSpec(Spec):
     budget: float | None = None  # seconds; None: no limit
     level: float = 0.9           # share of truths that an interval is to hold
     kernel_rows: int = 4000      # landmarks of the kernel; its time grows with their cube
+    encoder: str = "auto"        # checkpoint or folder of a pretrained encoder of molecules; "auto": the shipped one; "": none
     seed: int = 0
 
     def check(self) -> None:
@@ -107,25 +111,61 @@ class Features:
     "Molecules as the members see them."
     prints: tuple[Any, ...]  # of each of `PRINTS` the bits, sparse [n, SLOTS × LEVELS]
     descriptors: np.ndarray  # [n, D] float32
+    embedding: np.ndarray    # [n, d] float32; d = 0 without an encoder
 
     def __len__(self) -> int: return len(self.descriptors)
-    def take(self, rows: np.ndarray) -> Features: return Features(tuple(p[rows] for p in self.prints), self.descriptors[rows])
+    def take(self, rows: np.ndarray) -> Features: return Features(tuple(p[rows] for p in self.prints), self.descriptors[rows], self.embedding[rows])
+    @property
+    def dense(self) -> tuple[np.ndarray, ...]:
+        "Descriptors, and the embedding if there is one."
+        return (self.descriptors, self.embedding) if self.embedding.shape[1] else (self.descriptors,)
+
+# %% ../../nbs/adapt/68_stacked.ipynb #st100002
+def encoder_of(
+    name: str,          # checkpoint or folder; "auto": the shipped one, if it is there; "": none
+) -> Pretrained | None:
+    "The pretrained encoder that a specification asks for."
+    from matfm.models.zoo import checkpoints, load_pretrained
+    if name == "auto": name = SHIPPED if SHIPPED in checkpoints() else ""
+    if not name: return None
+    found = load_pretrained(name)
+    if found.representation.domain != "molecule": raise BadInput(f"{name} reads {found.representation.domain}s; a stacked predictor needs an encoder of molecules")
+    return found
+
+def embeddings(
+    encoder: Pretrained,
+    items: Sequence[Any],  # of its representation
+    batch: int = 64,       # molecules of about the same size at a time
+) -> np.ndarray:           # [n, d] float32
+    "One vector per molecule."
+    import torch
+    sizes = np.array([encoder.representation.size(i) for i in items], np.int64)
+    out, order = np.zeros((len(items), encoder.encoder.width), np.float32), np.argsort(sizes, kind="stable")
+    with torch.inference_mode():
+        for rows in (order[k:k + batch] for k in range(0, len(order), batch)):
+            out[rows] = encoder.encoder(encoder.representation.collate([items[i] for i in rows])).embedding.float().numpy()
+    return out
 
 # %% ../../nbs/adapt/68_stacked.ipynb #st000016
 def features_of(
     records: Records,
     descriptors: MoleculeDescriptors,
+    encoder: Pretrained | None = None,
 ) -> tuple[Features, np.ndarray, Rejected]:
     "Features of the molecules that can be read, their row numbers [n], and the others."
     pick(records.domain, ["molecule"], "kind of record for a stacked predictor")
-    mols, kept, bad = [], [], []
+    mols, items, kept, bad = [], [], [], []
     for i, (key, smiles) in enumerate(zip(records.ids, records.structures(), strict=True)):
-        try: mols.append(read_molecule(smiles))
+        try: mol, item = read_molecule(smiles), None if encoder is None else encoder.representation(smiles)
         except BadInput as e: bad.append((key, i, smiles, str(e)))
-        else: kept.append(i)
+        else:
+            mols.append(mol)
+            items.append(item)
+            kept.append(i)
     prints = tuple(bit_matrix([unary_bits(g.GetSparseCountFingerprint(mol).GetNonzeroElements()) for mol in mols]) for g in _generators())
     values = descriptors.rows(mols) if mols else np.zeros((0, len(descriptors.names)), np.float32)
-    return Features(prints, values), np.array(kept, np.int64), Rejected(bad)
+    learnt = np.zeros((len(mols), 0), np.float32) if encoder is None else embeddings(encoder, items)
+    return Features(prints, values, learnt), np.array(kept, np.int64), Rejected(bad)
 
 # %% ../../nbs/adapt/68_stacked.ipynb #st000019
 def _damped(X: np.ndarray) -> np.ndarray: return np.sign(X) * np.log1p(np.abs(X.astype(np.float64)))
@@ -133,9 +173,9 @@ def _damped(X: np.ndarray) -> np.ndarray: return np.sign(X) * np.log1p(np.abs(X.
 # %% ../../nbs/adapt/68_stacked.ipynb #st000020
 @dataclass(eq=False)
 class Scaler:
-    "Descriptors on a common scale."
+    "Vectors on a common scale."
     mean: np.ndarray  # [D]
-    std: np.ndarray   # [D], infinite where a descriptor does not vary
+    std: np.ndarray   # [D], infinite where a number does not vary
     gap: float        # median squared distance of training molecules
 
     @classmethod
@@ -152,18 +192,20 @@ class Scaler:
     def distance(self, A: np.ndarray, B: np.ndarray) -> np.ndarray: return squared_distance(self(A), self(B)) / self.gap
 
 # %% ../../nbs/adapt/68_stacked.ipynb #st000021
-SHARES, LENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0), (1.0, 4.0, 8.0)
+SHARES, LEARNT, LENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0), (0.25, 0.5, 0.75), (1.0, 4.0, 8.0)
 NOISES = (1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0)
 
 @dataclass(frozen=True)
 class KernelSpec(Spec):
     "What is chosen for each target."
-    share: float = 0.5   # of the fingerprints; the rest is the descriptors'
-    length: float = 2.0  # of the Gaussian, in median squared distances
+    share: float = 0.5   # of the fingerprints in what is not the embedding's; the rest is the descriptors'
+    learnt: float = 0.0  # share of the embedding
+    length: float = 2.0  # of the Gaussians, in median squared distances
     noise: float = 0.1   # variance of the noise as a share of the signal's
 
-    def __call__(self, similar: np.ndarray, distance: np.ndarray) -> np.ndarray:
-        return self.share * similar + (1 - self.share) * np.exp(-distance / self.length)
+    def __call__(self, similar: np.ndarray, distances: Sequence[np.ndarray]) -> np.ndarray:
+        K = (1 - self.learnt) * (self.share * similar + (1 - self.share) * np.exp(-distances[0] / self.length))
+        return K + self.learnt * np.exp(-distances[1] / self.length) if self.learnt else K
 
 def print_similarity(A: Features, B: Features) -> np.ndarray:
     "Mean Tanimoto similarity over the fingerprints, [n, m] float64."
@@ -181,19 +223,22 @@ def loo_predictions(
 
 # %% ../../nbs/adapt/68_stacked.ipynb #st000025
 def choose_kernel(
-    similar: np.ndarray,   # [n, n]
-    distance: np.ndarray,  # [n, n]
-    z: np.ndarray,         # [n]
+    similar: np.ndarray,              # [n, n]
+    distances: Sequence[np.ndarray],  # [n, n] of the descriptors, and of the embedding if there is one
+    z: np.ndarray,                    # [n]
 ) -> tuple[KernelSpec, np.ndarray]:
     "The specification with the smallest leave-one-out error, and its leave-one-out predictions [n]."
     best: tuple[float, KernelSpec, np.ndarray] = (np.inf, KernelSpec(), z)
-    for share, length in [*((s, 2.0) for s in SHARES), *((None, length) for length in LENGTHS)]:
-        if share is None and best[1].share == 1: break  # no descriptors, no length
-        spec = KernelSpec(best[1].share if share is None else share, length)
-        p = loo_predictions(spec(similar, distance), z)
+    def attempt(spec: KernelSpec) -> None:
+        nonlocal best
+        p = loo_predictions(spec(similar, distances), z)
         errors = ((p - z) ** 2).mean(axis=1)
         k = int(errors.argmin())
         if errors[k] < best[0]: best = (float(errors[k]), spec.replace(noise=NOISES[k]), p[k])
+    for share in SHARES: attempt(KernelSpec(share))
+    for learnt in LEARNT if len(distances) > 1 else (): attempt(best[1].replace(learnt=learnt))
+    if best[1].share < 1 or best[1].learnt:  # else there is no Gaussian
+        for length in LENGTHS: attempt(best[1].replace(length=length))
     return best[1], best[2]
 
 # %% ../../nbs/adapt/68_stacked.ipynb #st000028
@@ -203,18 +248,20 @@ class KernelMember:
     spec: KernelSpec
     marks: np.ndarray  # [m] rows of the training molecules that are landmarks
     beta: np.ndarray   # [m]
-    scaler: Scaler
+    scalers: list[Scaler]
 
     def scores(self, F: Features, similar: np.ndarray, train: Features) -> np.ndarray:  # similar: of F to all training molecules, [n, N]
-        return self.spec(similar[:, self.marks], self.scaler.distance(F.descriptors, train.descriptors[self.marks])) @ self.beta
+        apart = [s.distance(X, Z[self.marks]) for s, X, Z in zip(self.scalers, F.dense, train.dense, strict=False)]
+        return self.spec(similar[:, self.marks], apart) @ self.beta
 
     def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        return ({"spec": self.spec.to_dict(), "gap": self.scaler.gap},
-                {"marks": self.marks, "beta": self.beta, "mean": self.scaler.mean, "std": self.scaler.std})
+        scales = {f"{k}{i}": getattr(s, k) for i, s in enumerate(self.scalers) for k in ("mean", "std")}
+        return {"spec": self.spec.to_dict(), "gaps": [s.gap for s in self.scalers]}, {"marks": self.marks, "beta": self.beta, **scales}
 
     @classmethod
     def restore(cls, config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> KernelMember:
-        return cls(KernelSpec.from_dict(config["spec"]), arrays["marks"], arrays["beta"], Scaler(arrays["mean"], arrays["std"], config["gap"]))
+        scalers = [Scaler(arrays[f"mean{i}"], arrays[f"std{i}"], gap) for i, gap in enumerate(config["gaps"])]
+        return cls(KernelSpec.from_dict(config["spec"]), arrays["marks"], arrays["beta"], scalers)
 
 # %% ../../nbs/adapt/68_stacked.ipynb #st000029
 def solve_kernel(
@@ -247,14 +294,16 @@ def fit_kernel(
     tune: int = 800,       # rows that choose the kernel
 ) -> tuple[KernelMember, np.ndarray]:
     "The member and its out-of-fold scores."
-    order, scaler = np.random.default_rng([spec.seed, 1]).permutation(len(F)), Scaler.fit(F.descriptors)
+    order, scalers = np.random.default_rng([spec.seed, 1]).permutation(len(F)), [Scaler.fit(X) for X in F.dense]
+    apart = lambda a, b: [s.distance(X[a], X[b]) for s, X in zip(scalers, F.dense, strict=True)]
     some, marks = np.sort(order[:tune]), np.sort(order[:spec.kernel_rows])
-    chosen, _ = choose_kernel(similar[np.ix_(some, some)], scaler.distance(F.descriptors[some], F.descriptors[some]), z[some])
-    K = chosen(similar[:, marks], scaler.distance(F.descriptors, F.descriptors[marks]))
+    chosen, _ = choose_kernel(similar[np.ix_(some, some)], apart(some, some), z[some])
+    if not chosen.learnt: del scalers[1:]
+    K = chosen(similar[:, marks], [s.distance(X, X[marks]) for s, X in zip(scalers, F.dense, strict=False)])
     noises = [chosen.noise * factor for factor in ((1,) if len(marks) == len(F) else (1, 10, 100))]
     solved = [(s, *solve_kernel(K, marks, z, s, folds)) for s in noises]
     noise, beta, oof = min(solved, key=lambda found: float(((found[2] - z) ** 2).mean()))
-    return KernelMember(chosen.replace(noise=noise), marks, beta, scaler), oof
+    return KernelMember(chosen.replace(noise=noise), marks, beta, scalers), oof
 
 # %% ../../nbs/adapt/68_stacked.ipynb #st000035
 FOLDED = 1024  # columns of counts
@@ -422,8 +471,8 @@ def choose_scale(
     if abs(tail) <= 1: return plain
     some = np.sort(np.random.default_rng([seed, 2]).permutation(len(y))[:tune])
     scales = [plain, Scale.fit("rank", y), *([Scale.fit("log", y)] if y.min() > 0 else [])]
-    distance = Scaler.fit(F.descriptors).distance(F.descriptors[some], F.descriptors[some])
-    errors = [squared_error(y[some], s.invert(choose_kernel(similar[np.ix_(some, some)], distance, s.apply(y[some]))[1])) for s in scales]
+    apart = [Scaler.fit(X).distance(X[some], X[some]) for X in F.dense]
+    errors = [squared_error(y[some], s.invert(choose_kernel(similar[np.ix_(some, some)], apart, s.apply(y[some]))[1])) for s in scales]
     return scales[int(np.argmin(errors))]
 
 # %% ../../nbs/adapt/68_stacked.ipynb #st000054
@@ -582,6 +631,7 @@ class Stacked:
     descriptors: MoleculeDescriptors
     train: Features
     targets: list[Target]
+    encoder: Pretrained | None
     limit: float    # similarity to the nearest training molecule below which a molecule is out of the domain
     rejected: Rejected = field(default_factory=Rejected.empty)  # training rows that could not be read
     batch: int = 500
@@ -618,7 +668,7 @@ def predict_batch(
     first: int = 0,    # number of the batch's first row, for the rejected
 ) -> tuple[pl.DataFrame, Rejected]:
     "Predictions of one batch."
-    F, kept, rejected = features_of(records, model.descriptors)
+    F, kept, rejected = features_of(records, model.descriptors, model.encoder)
     similar = print_similarity(F, model.train) if len(F) else np.zeros((0, len(model.train)))
     near = nearest(F, model.train) if len(F) else np.zeros(0)
     columns: dict[str, Any] = {"id": records.ids}
@@ -675,9 +725,9 @@ def fit_stacked(
     kinds: Mapping[str, str] | None = None,   # target → "regression" or "binary"; None: as the values say
 ) -> Stacked:
     "Fit predictors of all targets."
-    begun, found, descriptors = time.perf_counter(), kinds_of(records, kinds), quick_descriptors()
+    begun, found, descriptors, encoder = time.perf_counter(), kinds_of(records, kinds), quick_descriptors(), encoder_of(spec.encoder)
     if not found: raise BadInput("the records have no targets to learn")
-    F, kept, rejected = features_of(records, descriptors)
+    F, kept, rejected = features_of(records, descriptors, encoder)
     rejected.check(len(records))
     similar, made = print_similarity(F, F), []
     for i, (name, kind) in enumerate(found.items()):
@@ -689,7 +739,7 @@ def fit_stacked(
         made.append(fit_target(name, kind, records.targets[name], F if whole else F.take(there), similar if whole else similar[np.ix_(there, there)], y[there], spec, until))
         if not whole and "kernel" in made[-1].members: made[-1].members["kernel"].marks = there[made[-1].members["kernel"].marks]
     limit = float(np.quantile(nearest(F, F, ~np.eye(len(F), dtype=bool)), 0.05))
-    return Stacked(spec, descriptors, F, made, limit, rejected)
+    return Stacked(spec, descriptors, F, made, encoder, limit, rejected)
 
 # %% ../../nbs/adapt/68_stacked.ipynb #st000078
 def save_stacked(
@@ -699,7 +749,9 @@ def save_stacked(
 ) -> Path:
     "Write configuration, arrays and (if given) a FactSheet."
     from safetensors.numpy import save_file
-    folder, arrays, targets = Path(folder), {"descriptors": model.train.descriptors}, []
+
+    from matfm.models.zoo import save_pretrained
+    folder, arrays, targets = Path(folder), {"descriptors": model.train.descriptors, "embedding": model.train.embedding}, []
     for name, p in zip(PRINTS, model.train.prints, strict=True): arrays |= {f"{name}.columns": p.indices.astype(np.int32), f"{name}.ends": p.indptr.astype(np.int64)}
     for i, t in enumerate(model.targets):
         states = {name: m.state() for name, m in t.members.items()}
@@ -707,9 +759,10 @@ def save_stacked(
         targets.append({"name": t.name, "kind": t.kind, "unit": t.unit, "members": {n: c for n, (c, _) in states.items()}, "weights": t.weights.tolist(), "about": t.about,
                         "scale": t.scale.to_dict(), "curves": [c.to_dict() for c in t.curves], "spread": t.spread and t.spread.to_dict(), "conformal": t.conformal and t.conformal.to_dict()})
     with atomic_write(folder / "model.safetensors") as path: save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, path)
-    config = {"format": 1, "spec": model.spec.to_dict(), "descriptors": list(model.descriptors.use), "limit": model.limit, "targets": targets,
+    config = {"format": 1, "spec": model.spec.to_dict(), "descriptors": list(model.descriptors.use), "encoder": model.encoder is not None, "limit": model.limit, "targets": targets,
               "weights_sha256": sha256_file(folder / "model.safetensors")}
     with atomic_write(folder / "stacked.json") as path: path.write_text(json.dumps(config, indent=1, allow_nan=False))
+    if model.encoder is not None: save_pretrained(folder / "encoder", model.encoder)
     if factsheet is not None: factsheet.save(folder)
     return folder
 
@@ -723,7 +776,7 @@ def read_stacked(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         if not f.is_file(): raise BadInput(f"{folder} has no {f.name}: it is not a saved stacked predictor")
     try: config, arrays = json.loads(file.read_text()), load_file(weights)
     except (ValueError, SafetensorError) as e: raise BadInput(f"{folder} cannot be read (cut off?): {e}") from e
-    fields = ("format", "spec", "descriptors", "limit", "targets", "weights_sha256")
+    fields = ("format", "spec", "descriptors", "encoder", "limit", "targets", "weights_sha256")
     if not isinstance(config, dict) or set(config) != set(fields): raise BadInput(f"{file} must hold {', '.join(fields)}")
     if config["format"] != 1: raise BadInput(f"{file} has format {config['format']!r}; this version reads format 1")
     if sha256_file(weights) != config["weights_sha256"]: raise BadInput(f"{weights} is not the file that stacked.json was written with (checksum differs)")
@@ -732,12 +785,16 @@ def read_stacked(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 # %% ../../nbs/adapt/68_stacked.ipynb #st000080
 def load_stacked(folder: str | Path) -> Stacked:
     "Read a folder; offline, nothing unpickled."
+    from matfm.models.zoo import load_pretrained
     config, arrays = read_stacked(Path(folder))
     try:
         prints = tuple(bit_matrix(np.split(arrays[f"{n}.columns"], arrays[f"{n}.ends"][1:-1])) for n in PRINTS)
+        _ = arrays["descriptors"], arrays["embedding"]
         targets = [_target(i, t, arrays) for i, t in enumerate(config["targets"])]
     except (KeyError, TypeError, IndexError) as e: raise BadInput(f"{folder} is not complete: {e}") from e
-    return Stacked(StackedSpec.from_dict(config["spec"]), MoleculeDescriptors(tuple(config["descriptors"])), Features(prints, arrays["descriptors"]), targets, config["limit"])
+    encoder = load_pretrained(Path(folder) / "encoder") if config["encoder"] else None
+    train = Features(prints, arrays["descriptors"], arrays["embedding"])
+    return Stacked(StackedSpec.from_dict(config["spec"]), MoleculeDescriptors(tuple(config["descriptors"])), train, targets, encoder, config["limit"])
 
 # %% ../../nbs/adapt/68_stacked.ipynb #st000081
 def _target(i: int, t: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Target:

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['DEFAULT_CHECKPOINT', 'DEFAULT_ENCODER', 'RATE', 'DEFAULT_SPLIT', 'FOREST', 'LEVEL', 'RESERVED', 'structure_column',
            'read_labelled', 'task_of', 'starting_point', 'configured', 'split_table', 'against_baselines',
-           'finetuned_sheet', 'asked_for', 'finetune_table', 'load_predictor', 'predict_table', 'read_unlabelled',
-           'pretrained_sheet', 'pretrain_table']
+           'tested_limits', 'finetuned_sheet', 'asked_for', 'start_folder', 'finetune_table', 'load_predictor',
+           'predict_table', 'read_unlabelled', 'pretrained_sheet', 'pretrain_table']
 
 # %% ../../nbs/adapt/67_tables.ipynb #462edcd1
 def structure_column(
@@ -153,28 +153,34 @@ def _beside(o: Any, train: Records, test: Records, seed: int) -> list[Metric]:
 
 # %% ../../nbs/adapt/67_tables.ipynb #1c281828
 def against_baselines(
-    model: Ensemble,
+    model: Any,      # an `Ensemble`, or what evaluates and predicts like one
     train: Records,  # what the model was fitted to
     test: Records,   # what neither has seen
     seed: int = 0,   # of the bootstrap
+    called: str = "fine-tuned",  # the model's name among the metrics
 ) -> list[Metric]:   # tagged with `output` and `model`
     "Test metrics of a model, of its intervals, and of the baselines."
     from matfm.evaluate.uncertainty import evaluate_intervals
-    found = [m.replace(tags={**m.tags, "model": "fine-tuned"}) for m in model.evaluate(test, seed=seed)]
+    found = [m.replace(tags={**m.tags, "model": called}) for m in model.evaluate(test, seed=seed)]
     predicted = model.predict(test)[0]
     for o in model.task.outputs:
         if f"{o.name}_lower" in predicted.columns:
             low, high = (predicted[f"{o.name}_{end}"].to_numpy() for end in ("lower", "upper"))
             judged = evaluate_intervals(test.y(o.name)[:, 0], low, high, LEVEL, o.unit)
-            found += [m.replace(tags={**m.tags, "output": o.name, "model": "fine-tuned"}) for m in judged]
+            found += [m.replace(tags={**m.tags, "output": o.name, "model": called}) for m in judged]
         found += _beside(o, train, test, seed)
     return found
 
 # %% ../../nbs/adapt/67_tables.ipynb #cc48e863
-def _limits(result: Result, split: Split) -> list[str]:
+def tested_limits(
+    result: Result,  # of the fine-tuning
+    split: Split,
+    calibration: str = "the rows used for early stopping",  # what set the width of the intervals
+) -> list[str]:
+    "What a FactSheet has to say about a model that was tested once."
     calibrated = any(m.name == "coverage" for m in result.metrics)
-    said = "intervals were calibrated on the rows used for early stopping; their coverage on the test rows is among the metrics"
-    return [f"tested only on {len(split.test)} rows of the same table", said if calibrated else "probabilities are as the network gives them, without calibration"]
+    said = f"intervals were calibrated on {calibration}; their coverage on the test rows is among the metrics"
+    return [f"tested only on {len(split.test)} rows of the same table", said if calibrated else "probabilities are as the model gives them, without calibration"]
 
 # %% ../../nbs/adapt/67_tables.ipynb #7b5a2fba
 def finetuned_sheet(
@@ -188,7 +194,7 @@ def finetuned_sheet(
     return FactSheet(
         kind="model", name=f"{records.name}_{'_'.join(records.targets)}", summary=f"Predicts {targets} of {records.domain}s; fine-tuned from {start} with `matfm finetune`.",
         data=f"{table}, content digest {records.digest}", splits=f"{split.method}, {len(split.train)}/{len(split.valid)}/{len(split.test)} rows, seed {p['seed']}, digest {split.digest}",
-        metrics=[m for m in result.metrics if m.tags.get("model") == "fine-tuned"], limits=_limits(result, split),
+        metrics=[m for m in result.metrics if m.tags.get("model") == "fine-tuned"], limits=tested_limits(result, split),
         intended_use=f"predicting {targets} for {records.domain}s like those of the table", risks="predictions far from the training data can be wrong by more than the interval says",
         licence="not stated: follows from the table's licence and that of the starting checkpoint", citation="none yet", recipe=f"matfm finetune {p['file']} (parameters in result.json)",
         energy=energy_note(result.seconds, result.hardware["cores"]), provenance={"code": result.code, "result": result.spec.digest, f"table {p['file']}": records.digest})
@@ -208,9 +214,14 @@ def asked_for(
     changed = {f.name: getattr(spec, f.name) for f in fields(spec) if f.name not in machine and getattr(spec, f.name) != f.default}
     return {**more, **{k: getattr(spec, k) for k in always}, **changed}
 
-def _opened(out: Path, split: Split, rejected: Rejected) -> None:
-    "Start the model's folder with what was decided before the training."
+def start_folder(
+    out: Path,           # the model's folder
+    split: Split,
+    rejected: Rejected,  # rows of the table
+) -> None:
+    "Begin a model's folder with what was decided before the training; a model that was there is gone."
     if out.exists() and not out.is_dir(): raise BadInput(f"{out} is a file, a folder is needed")
+    for old in ("stacked.json", "ensemble.json", "config.json", "domain.safetensors"): (out / old).unlink(missing_ok=True)
     split.save(out / "split.json")
     if len(rejected): rejected.save(out / "rejected.csv")
     else: (out / "rejected.csv").unlink(missing_ok=True)
@@ -242,7 +253,7 @@ def finetune_table(
     if not records.targets: raise BadInput("the records have no targets to learn")
     _reserve(list(records.targets))
     made, start = split_table(records, split, spec.seed), starting_point(model, records.domain, spec.seed)
-    _opened(out, made, rejected)
+    start_folder(out, made, rejected)
     asked = asked_for(spec, file=source or records.name, target=records.targets, model=_called(model), split=made.method, ensemble=ensemble)
     rec = _recorder(records, made, start, asked, out, rejected)
     train, valid, test = made.parts(records)
@@ -264,6 +275,7 @@ def load_predictor(
     from matfm.adapt.finetune import Ensemble, Model
     folder = Path(folder)
     if (folder / "ensemble.json").is_file(): return Ensemble.load(folder)
+    if (folder / "stacked.json").is_file(): raise BadInput(f"{folder} holds a stacked predictor, not a network: open it with matfm.adapt.stacked.load_stacked")
     if not (folder / "config.json").is_file(): raise BadInput(f"{folder} holds no fine-tuned model")
     if "heads" not in load_json(folder / "config.json"): raise BadInput(f"{folder} holds an encoder that was not fine-tuned yet: give it to finetune as the model to start from")
     return Ensemble([Model.load(folder)])

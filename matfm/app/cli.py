@@ -23,9 +23,10 @@ from ..settings import load_settings
 
 # %% auto #0
 __all__ = ['app', 'runs_app', 'data_app', 'Names', 'Given', 'Preset', 'Jobs', 'Where', 'Experiment', 'DataName', 'Smiles', 'Cif',
-           'Out', 'Model', 'Split', 'Target', 'Unit', 'TableFile', 'Commands', 'group', 'root', 'metric_table', 'run',
-           'runs_list', 'runs_show', 'runs_compare', 'data_list', 'data_get', 'data_card', 'data_read', 'pretrain',
-           'finetune', 'predict', 'checkpoint_folder', 'models', 'card', 'site', 'lab', 'main']
+           'Out', 'Start', 'Model', 'Split', 'Target', 'Unit', 'TableFile', 'Budget', 'NETWORK_ONLY', 'Commands',
+           'group', 'root', 'metric_table', 'run', 'runs_list', 'runs_show', 'runs_compare', 'data_list', 'data_get',
+           'data_card', 'data_read', 'pretrain', 'wants_network', 'finetune', 'predict', 'checkpoint_folder', 'models',
+           'card', 'site', 'lab', 'main']
 
 # %% ../../nbs/app/99_cli.ipynb #2d7e5c92
 class Commands(TyperGroup):
@@ -40,7 +41,7 @@ class Commands(TyperGroup):
             for line in rest: typer.echo(line, err=True)
             raise typer.Exit(1 if isinstance(e, RunFailed) else 2) from e
         except KeyboardInterrupt:
-            again = "; the same command continues where it stopped" if ctx.invoked_subcommand in ("run", "pretrain") else ""
+            again = "; the same command continues where it stopped" if ctx.invoked_subcommand in ("run", "pretrain", "predict") else ""
             typer.secho(f"interrupted{again}", fg="yellow", err=True)
             raise typer.Exit(130) from None
 
@@ -265,6 +266,7 @@ def _aside(rejected: Any, total: int, where: Path | None = None) -> None:
 
 # %% ../../nbs/app/99_cli.ipynb #0c40d92c
 Out = Annotated[Path, typer.Option(help="Folder to write.")]
+Start = Annotated[str | None, typer.Option("--model", "--encoder", help="Fine-tune a network: a checkpoint (`matfm models`), a folder, or an encoder's name to start from random weights.")]
 Model = Annotated[str | None, typer.Option(help="A checkpoint (`matfm models`), a folder, or an encoder's name to start from random weights.")]
 
 # %% ../../nbs/app/99_cli.ipynb #413289e5
@@ -298,24 +300,49 @@ Unit = Annotated[list[str] | None, typer.Option(help="Unit of each target in the
 TableFile = Annotated[Path, typer.Argument(metavar="FILE", help="A table (CSV, Parquet, JSON), an SDF, XYZ or SMILES file, or a folder of CIF files.")]
 
 # %% ../../nbs/app/99_cli.ipynb #17510642
+Budget = Annotated[str | None, typer.Option(metavar="TIME", help="Time for the stacked predictor, e.g. 90s, 10m or 1h. Default: as long as it takes.")]
+NETWORK_ONLY = ("model", "ensemble", "epochs", "strategy", "lr")  # options that only a network has
+
+def wants_network(
+    ctx: typer.Context,  # of `finetune`
+    domain: str,         # of the records
+) -> bool:
+    "Whether a network is to be fine-tuned: for crystals, and where an option asks for one."
+    sources = {n: ctx.get_parameter_source(n) for n in NETWORK_ONLY}
+    asked = [n for n, s in sources.items() if s is not None and s.name != "DEFAULT"]
+    budget = ctx.params.get("budget")
+    if budget and (asked or domain != "molecule"):
+        raise BadInput(f"--budget belongs to the stacked predictor of molecules, {'--' + asked[0] + ' to networks' if asked else f'these are {domain}s'}: leave one of them out")
+    return bool(asked) or domain != "molecule"
+
+# %% ../../nbs/app/99_cli.ipynb #cl000001
 @app.command()
 def finetune(
-    file: TableFile, target: Target, out: Out, unit: Unit = None, smiles: Smiles = None, cif: Cif = None, model: Model = None, split: Split = None,
+    ctx: typer.Context,
+    file: TableFile, target: Target, out: Out, unit: Unit = None, smiles: Smiles = None, cif: Cif = None, budget: Budget = None, model: Start = None, split: Split = None,
     ensemble: Annotated[int, typer.Option(help="Networks; more give better predictions.")] = 1,
-    epochs: Annotated[int, typer.Option(help="Most passes over the training rows.")] = 60,
-    strategy: Annotated[str, typer.Option(help="full or frozen.")] = "full",
-    lr: Annotated[float, typer.Option(help="Learning rate of the encoder.")] = 1e-4,
+    epochs: Annotated[int, typer.Option(help="Most passes of a network over the training rows.")] = 60,
+    strategy: Annotated[str, typer.Option(help="full or frozen, of a network.")] = "full",
+    lr: Annotated[float, typer.Option(help="Learning rate of a network's encoder.")] = 1e-4,
     seed: Annotated[int, typer.Option(help="Of split, weights and batches.")] = 0,
 ) -> None:
-    "Fine-tune a model on your own table.\n\nReports the test error beside a constant guess and a forest."
+    "Fit a model to your own table.\n\nMolecules: a stack of quick predictors; with --model, and for crystals, a network. Reports the test error beside a constant guess and a forest."
     if unit and len(unit) != len(target): raise BadInput(f"{len(unit)} units for {len(target)} targets")
     from matfm.adapt.tables import configured, finetune_table, read_labelled, split_table
+    from matfm.app import bulk
+    seconds = bulk.duration(budget) if budget else None
     records, rejected = read_labelled(file, dict(zip(target, unit, strict=True)) if unit else target, smiles, cif)
-    made = split_table(records, split, seed)
+    network, made = wants_network(ctx, records.domain), split_table(records, split, seed)
     _aside(rejected, len(records) + len(rejected), out / "rejected.csv")
-    from matfm.adapt.finetune import FinetuneSpec
-    spec = configured(FinetuneSpec, strategy=strategy, epochs=epochs, lr=lr, seed=seed)
-    _said(finetune_table(records, out, model, made, ensemble, spec, rejected, file.name, progress=True))
+    if not network: result = bulk.fit_table(records, out, seconds, made, seed, rejected, file.name)
+    else:
+        from matfm.adapt.finetune import FinetuneSpec
+        spec = configured(FinetuneSpec, strategy=strategy, epochs=epochs, lr=lr, seed=seed)
+        result = finetune_table(records, out, model, made, ensemble, spec, rejected, file.name, progress=True)
+        if records.domain == "molecule": bulk.save_domain(made.parts(records)[0], out)
+    _said(result)
+    for name, rows in result.tables.items():
+        if name.startswith("members of "): typer.echo(f"\n{name} (errors out of fold, on the scale of learning)\n{Table(rows)}")
     typer.echo(f"model: {out}")
 
 # %% ../../nbs/app/99_cli.ipynb #0253fc24
@@ -325,17 +352,15 @@ def predict(
     file: TableFile,
     out: Annotated[Path, typer.Option(help="CSV to write.")],
     smiles: Smiles = None, cif: Cif = None,
+    jobs: Annotated[int | None, typer.Option(help="Processes. Default: one for each core.")] = None,
+    patience: Annotated[float, typer.Option(help="Seconds that 50 rows may take before they are given up.")] = 60.0,
 ) -> None:
-    "Predict a table with a fine-tuned model."
+    "Predict a table of any size.\n\nThe same command continues a run that was cut off."
     if not model.is_dir(): raise BadInput(f"there is no folder {model}")
-    from matfm.adapt.tables import predict_table
-    from matfm.core import atomic_write
-    found, rejected = predict_table(model, file, smiles, cif)
-    with atomic_write(out) as p: found.write_csv(p)
-    beside = out.with_name(f"{out.stem}.rejected.csv")
-    rejected.save(beside) if len(rejected) else beside.unlink(missing_ok=True)
-    _aside(rejected, len(found), beside)
-    typer.echo(f"{len(found) - len(rejected)} of {len(found)} rows predicted: {out}")
+    from matfm.app.bulk import predict_file
+    done = predict_file(model, file, out, smiles, cif, jobs, patience=patience, progress=True)
+    if done.rejected: typer.secho(f"{done.rejected} of {done.rows} rows set aside: {out.with_name(out.stem + '.rejected.csv')}", fg="yellow", err=True)
+    typer.echo(done)
 
 # %% ../../nbs/app/99_cli.ipynb #969cfdea
 def checkpoint_folder(

@@ -234,11 +234,13 @@ def collate(
     rows: Sequence[int] | np.ndarray,    # which of them, [B]
     y: np.ndarray | None = None,         # targets of all items, [n, T] or [n], NaN where missing
 ) -> Batch:
-    "The chosen items as tensors, with `y` [B, T] float32 (if given) and `index` [B]."
+    "The chosen items as tensors, with `y` [B, T] float32 (if given), `index` [B], and `aux` [B, F] where the items hold it."
     import torch
     rows = np.asarray(rows, dtype=np.int64)
     if len(rows) == 0: raise BadInput("an empty batch")
-    batch = dict(representation.collate([items[i] for i in rows.tolist()]))
+    chosen = [items[i] for i in rows.tolist()]
+    batch = dict(representation.collate(chosen))
+    if "aux" in chosen[0]: batch["aux"] = torch.as_tensor(np.stack([i["aux"] for i in chosen]).astype(np.float32))
     if y is not None: batch["y"] = torch.as_tensor(np.asarray(y)[rows].reshape(len(rows), -1).astype(np.float32))
     return {**batch, "index": torch.as_tensor(rows)}
 

@@ -7,6 +7,10 @@ Docs: https://matfm.github.io/matfm/models/layers.html.md"""
 # %% ../../nbs/models/30_layers.ipynb #24f0b0e0
 from __future__ import annotations
 
+from functools import cache
+from itertools import groupby
+from typing import Any, NamedTuple, cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,8 +18,10 @@ from torch.nn import functional as F
 from ..core import BadInput, pick
 
 # %% auto #0
-__all__ = ['make_norm', 'FeedForward', 'Rotary', 'Attention', 'scatter_sum', 'scatter_mean', 'softmax_scatter', 'to_dense',
-           'pool', 'GaussianBasis', 'CosineCutoff']
+__all__ = ['Angles', 'make_norm', 'FeedForward', 'Segments', 'segments', 'dense', 'real', 'Rotary', 'turn', 'attend_runs',
+           'attend_padded', 'varlen_kernel', 'attend', 'attend_linear', 'Attention', 'Cache', 'attend_cached',
+           'CrossAttention', 'scatter_sum', 'scatter_mean', 'softmax_scatter', 'to_dense', 'pool', 'GaussianBasis',
+           'CosineCutoff']
 
 # %% ../../nbs/models/30_layers.ipynb #0d3f3b2f
 def make_norm(
@@ -48,47 +54,209 @@ class FeedForward(nn.Module):
             return self.down(self.dropout(F.silu(gate) * x))
         return self.down(self.dropout(F.gelu(x)))
 
+# %% ../../nbs/models/30_layers.ipynb #a7100002
+class Segments(NamedTuple):
+    "Where the records of a batch lie in a flat tensor that holds them end to end."
+    cuts: Tensor              # [B + 1] int32, where each record begins; the last is T
+    longest: int              # L, places of the padded form
+    row: Tensor               # [T] int64, record of each part
+    position: Tensor          # [T] int64, place in its record
+    lengths: tuple[int, ...]  # [B]; empty on an accelerator, where reading them means waiting
+
+    @property
+    def slot(self) -> Tensor: return self.row * self.longest + self.position  # [T], place in the padded form
+
+def segments(
+    mask: Tensor,  # [B, L] bool, True where a part is real
+) -> Segments:
+    "The segments of a padded batch."
+    counts, (row, position) = mask.sum(1), mask.nonzero(as_tuple=True)
+    lengths = tuple(counts.tolist()) if mask.device.type == "cpu" else ()
+    return Segments(F.pad(counts.cumsum(0), (1, 0)).int(), mask.shape[1], row, position, lengths)
+
+# %% ../../nbs/models/30_layers.ipynb #a7100003
+def dense(
+    x: Tensor,     # [T, ...]
+    at: Segments,
+) -> Tensor:       # [B, L, ...]
+    "The padded form of a flat tensor, zero where padded."
+    n = len(at.cuts) - 1
+    return x.new_zeros(n * at.longest, *x.shape[1:]).index_copy(0, at.slot, x).unflatten(0, (n, at.longest))
+
+def real(at: Segments) -> Tensor:  # [B, L] bool
+    "The mask of the padded form."
+    return dense(torch.ones_like(at.row, dtype=torch.bool), at)
+
 # %% ../../nbs/models/30_layers.ipynb #ca87edd7
+Angles = tuple[Tensor, Tensor]  # cosine and sine, two of [T, d/h]
+
 class Rotary(nn.Module):
-    "Turns queries and keys by their position; the product depends on distance alone."
+    "Positions → angles."
     def __init__(self, head_width: int, base: float = 10_000.0):
         super().__init__()
         if head_width % 2: raise BadInput(f"rotary positions need an even head width, got {head_width}")
         self.rate = base ** (-torch.arange(0, head_width, 2).double() / head_width)
-        self.angles = torch.empty(0, head_width)  # no buffer: it grows, and processes that train together may differ in length
-
-    def table(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:  # two of [L, d/h]
-        if len(self.angles) < length:
-            a = torch.outer(torch.arange(length).double(), self.rate)
-            self.angles = torch.cat((a, a), -1).float()
-        self.angles = self.angles.to(device)
-        return self.angles[:length].cos(), self.angles[:length].sin()
-
-    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:  # each [B, h, L, d/h]
-        cos, sin = (t.to(q.dtype) for t in self.table(q.shape[-2], q.device))
-        turn = lambda x: x * cos + torch.cat((-x[..., x.shape[-1] // 2:], x[..., :x.shape[-1] // 2]), -1) * sin
-        return turn(q), turn(k)
-
-# %% ../../nbs/models/30_layers.ipynb #dfd904e5
-class Attention(nn.Module):
-    "Multi-head self-attention; every part looks at every real part of its record."
-    def __init__(self, width: int, heads: int, dropout: float = 0.0):
-        super().__init__()
-        if width % heads: raise BadInput(f"width {width} is not a multiple of heads {heads}")
-        self.heads, self.dropout = heads, dropout
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.rotary = Rotary(width // heads)
+        self.table = torch.empty(2, 0, head_width)  # no buffer: it grows, and processes that train together may differ in length
 
     def forward(
         self,
-        x: Tensor,            # [B, L, d]
-        mask: Tensor | None,  # [B, L] bool, True where real; None: all real
-    ) -> Tensor:              # [B, L, d]
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, h, L, d/h]
-        q, k = self.rotary(q, k)
-        keys = None if mask is None else mask[:, None, None, :]  # [B, 1, 1, L]
-        a = F.scaled_dot_product_attention(q, k, v, attn_mask=keys, dropout_p=self.dropout if self.training else 0.0)
-        return self.out(a.transpose(1, 2).flatten(2))
+        position: Tensor,  # int64, any shape
+        longest: int,      # more than the largest position
+    ) -> Angles:           # two of [..., d/h]
+        if self.table.shape[1] < longest:
+            a = torch.outer(torch.arange(longest).double(), self.rate)
+            a = torch.cat((a, a), -1).float()
+            self.table = torch.stack((a.cos(), a.sin()))
+        self.table = self.table.to(position.device)
+        return self.table[0][position], self.table[1][position]
+
+# %% ../../nbs/models/30_layers.ipynb #a7100005
+def turn(
+    x: Tensor,       # [T, ..., d/h]
+    angles: Angles,  # of the T positions
+) -> Tensor:
+    "Queries or keys turned by their positions."
+    cos, sin = (a.view(len(a), *[1] * (x.dim() - 2), -1).to(x.dtype) for a in angles)
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-b, a), -1) * sin
+
+# %% ../../nbs/models/30_layers.ipynb #a7100006
+def attend_runs(
+    q: Tensor,             # [T, h, d/h]
+    k: Tensor, v: Tensor,  # [S, h, d/h]
+    at: Segments,          # of the queries
+    to: Segments,          # of the keys, with `lengths`
+    causal: bool = False,  # a query sees the keys up to its own place
+    dropout: float = 0.0,
+) -> Tensor:               # [T, h, d/h]
+    "Attention within each record: runs of records of equal length, one after the other."
+    runs = [(n, m, len(list(g))) for (n, m), g in groupby(zip(at.lengths, to.lengths, strict=True))]
+    queries, (keys, values) = q.split([n * r for n, m, r in runs]), (x.split([m * r for n, m, r in runs]) for x in (k, v))
+    out = []
+    for (_, _, r), *parts in zip(runs, queries, keys, values, strict=True):
+        a, b, c = (x.unflatten(0, (r, -1)).transpose(1, 2) for x in parts)
+        a = F.scaled_dot_product_attention(a, b, c, dropout_p=dropout, is_causal=causal)
+        out.append(a.transpose(1, 2).flatten(0, 1))
+    return torch.cat(out)
+
+# %% ../../nbs/models/30_layers.ipynb #a7100007
+def attend_padded(q: Tensor, k: Tensor, v: Tensor, at: Segments, to: Segments, causal: bool = False, dropout: float = 0.0) -> Tensor:
+    "The same by padding and masking."
+    mask = real(to)[:, None, None]                                         # [B, 1, 1, S]
+    if causal: mask = mask & mask.new_ones(at.longest, to.longest).tril()  # [B, 1, L, S]
+    a, b, c = (dense(x, s).transpose(1, 2) for x, s in ((q, at), (k, to), (v, to)))
+    a = F.scaled_dot_product_attention(a, b, c, attn_mask=mask, dropout_p=dropout)
+    return a.transpose(1, 2).flatten(0, 1).index_select(0, at.slot)
+
+# %% ../../nbs/models/30_layers.ipynb #a7100020
+@cache
+def varlen_kernel() -> Any:
+    "Torch's attention for records end to end, None where it has none; loading it takes seconds, so only a GPU asks."
+    try: from torch.nn.attention.varlen import varlen_attn
+    except ImportError: return None  # before torch 2.10
+    return varlen_attn
+
+# %% ../../nbs/models/30_layers.ipynb #a7100008
+def attend(q: Tensor, k: Tensor, v: Tensor, at: Segments, to: Segments, causal: bool = False, dropout: float = 0.0) -> Tensor:
+    "The fastest of the ways that fit device and precision."
+    if at.lengths: return attend_runs(q, k, v, at, to, causal, dropout)
+    if q.is_cuda and q.dtype != torch.float32 and not dropout and (kernel := varlen_kernel()):
+        window = {"window_size": (-1, 0)} if causal else {}
+        return cast(Tensor, kernel(q, k, v, at.cuts, to.cuts, at.longest, to.longest, **window))
+    return attend_padded(q, k, v, at, to, causal, dropout)
+
+# %% ../../nbs/models/30_layers.ipynb #a7100011
+def attend_linear(
+    q: Tensor, k: Tensor, v: Tensor,  # [T, h, d/h]
+    at: Segments,
+) -> Tensor:                          # [T, h, d/h]
+    "Linear attention within each record."
+    like, (q, k, v) = q.dtype, (x.float() for x in (q, k, v))
+    q, k, v = F.elu(q) + 1, dense(F.elu(k) + 1, at), dense(v, at)
+    summed, weight = torch.einsum("bshd,bshe->bhde", k, v), k.sum(1)  # [B, h, d/h, d/h], [B, h, d/h]
+    q, total = dense(q, at), torch.einsum("thd,thd->th", q, weight.index_select(0, at.row))
+    out = torch.einsum("bshd,bhde->bshe", q, summed).flatten(0, 1).index_select(0, at.slot)
+    return (out / total[..., None]).to(like)
+
+# %% ../../nbs/models/30_layers.ipynb #dfd904e5
+class Attention(nn.Module):
+    "Multi-head self-attention; every part looks at the parts of its record."
+    def __init__(self, width: int, heads: int, dropout: float = 0.0, kind: str = "softmax", causal: bool = False):
+        super().__init__()
+        if width % heads: raise BadInput(f"width {width} is not a multiple of heads {heads}")
+        self.linear = pick(kind, ["softmax", "linear"], "attention") == "linear"
+        self.heads, self.dropout, self.causal = heads, dropout, causal
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def split(self, x: Tensor, angles: Angles) -> tuple[Tensor, Tensor, Tensor]:  # [T, d] -> three of [T, h, d/h]
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
+        q, k = turn(qkv[:, :2], angles).unbind(1)
+        return q, k, qkv[:, 2]
+
+    def forward(
+        self,
+        x: Tensor,        # [T, d], records end to end
+        at: Segments,
+        angles: Angles,   # of the T positions
+    ) -> Tensor:          # [T, d]
+        q, k, v = self.split(x, angles)
+        if self.linear: return self.out(attend_linear(q, k, v, at).flatten(1))
+        return self.out(attend(q, k, v, at, at, self.causal, self.dropout if self.training else 0.0).flatten(1))
+
+# %% ../../nbs/models/30_layers.ipynb #a7100014
+class Cache:
+    "Keys and values of all layers, for records that are read in step."
+    def __init__(self, depth: int, shape: tuple[int, int, int, int], like: Tensor):  # shape: B, h, most tokens, d/h
+        self.kept = [(like.new_empty(shape), like.new_empty(shape)) for _ in range(depth)]
+        self.read = 0                                         # tokens read so far
+        self.memory: list[tuple[Tensor, Tensor]] = []         # keys and values of a source, [B, h, S, d/h]; one pair for each layer
+        self.seen: Tensor | None = None                       # [B, 1, 1, S] bool, real tokens of the source
+
+    def put(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:  # [B, h, n, d/h] -> [B, h, read + n, d/h]
+        upto = self.read + k.shape[2]
+        for kept, new in zip(self.kept[layer], (k, v), strict=True): kept[:, :, self.read:upto] = new
+        return self.kept[layer][0][:, :, :upto], self.kept[layer][1][:, :, :upto]
+
+    def select(self, rows: Tensor) -> None:  # [B'] int64
+        take = lambda pairs: [(k.index_select(0, rows), v.index_select(0, rows)) for k, v in pairs]
+        self.kept, self.memory = take(self.kept), take(self.memory)
+        if self.seen is not None: self.seen = self.seen.index_select(0, rows)
+
+# %% ../../nbs/models/30_layers.ipynb #a7100015
+def attend_cached(
+    attention: Attention,
+    x: Tensor,       # [B, n, d], the next n tokens of each record
+    angles: Angles,  # of their n positions
+    cache: Cache,
+    layer: int,
+) -> Tensor:         # [B, n, d]
+    "Causal attention of new tokens to all that was read."
+    rows, n, _ = x.shape
+    q, k, v = attention.split(x.flatten(0, 1), (angles[0].repeat(rows, 1), angles[1].repeat(rows, 1)))
+    q, k, v = (t.unflatten(0, (rows, n)).transpose(1, 2) for t in (q, k, v))  # [B, h, n, d/h]
+    k, v = cache.put(layer, k, v)
+    mask = None if n == 1 else torch.ones(n, k.shape[2], dtype=torch.bool, device=x.device).tril(k.shape[2] - n)
+    return attention.out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
+
+# %% ../../nbs/models/30_layers.ipynb #a7100018
+class CrossAttention(nn.Module):
+    "Multi-head attention from the parts of a target to those of its source."
+    def __init__(self, width: int, heads: int, dropout: float = 0.0):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.q, self.kv, self.out = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
+
+    def keys(self, source: Tensor) -> tuple[Tensor, Tensor]:  # [S, d] -> two of [S, h, d/h]
+        k, v = self.kv(source).unflatten(-1, (2, self.heads, -1)).unbind(1)
+        return k, v
+
+    def forward(self, x: Tensor, at: Segments, source: Tensor, to: Segments) -> Tensor:  # [T, d], [S, d] -> [T, d]
+        q = self.q(x).unflatten(-1, (self.heads, -1))
+        return self.out(attend(q, *self.keys(source), at, to, dropout=self.dropout if self.training else 0.0).flatten(1))
+
+    def cached(self, x: Tensor, cache: Cache, layer: int) -> Tensor:  # [B, n, d] -> [B, n, d]
+        q = self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return self.out(F.scaled_dot_product_attention(q, *cache.memory[layer], attn_mask=cache.seen).transpose(1, 2).flatten(2))
 
 # %% ../../nbs/models/30_layers.ipynb #57b1ad95
 def scatter_sum(

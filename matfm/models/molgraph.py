@@ -18,7 +18,7 @@ from .layers import FeedForward, pool, scatter_sum, to_dense
 from ..registry import encoders
 
 # %% auto #0
-__all__ = ['FeatureEmbedding', 'GineLayer', 'MoleculeGNN']
+__all__ = ['FeatureEmbedding', 'GineLayer', 'Readout', 'MoleculeGNN']
 
 # %% ../../nbs/models/32_molgraph.ipynb #593e4ed8
 class FeatureEmbedding(nn.Module):
@@ -54,6 +54,20 @@ class GineLayer(nn.Module):
         message = (x.index_select(0, j) + self.bond(bonds)).relu()                      # [E, d]
         return h + self.dropout(self.feed_forward(self.norm2(x + scatter_sum(message, i, len(h)))))
 
+# %% ../../nbs/models/32_molgraph.ipynb #32ro0001
+class Readout(nn.Module):
+    "Mean and sum of the parts through a two-layer network."
+    def __init__(
+        self,
+        width: int,  # d of the parts
+        out: int,    # width of the result
+    ):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(2 * width, out), nn.GELU(), nn.Linear(out, out), nn.GELU())
+
+    def forward(self, states: Tensor, mask: Tensor) -> Tensor:  # [B, n, d] zero where padded, [B, n] -> [B, out]
+        return self.layers(torch.cat([pool(states, mask, "mean"), pool(states, mask, "sum") / 16], dim=-1))
+
 # %% ../../nbs/models/32_molgraph.ipynb #1347f2d0
 @encoders.register("molecule_gnn")
 class MoleculeGNN(nn.Module):
@@ -68,21 +82,22 @@ class MoleculeGNN(nn.Module):
         depth: int = 4,             # rounds of messages
         dropout: float = 0.0,       # on what each round adds
         pool: str = "mean",         # embedding: "mean" or "sum" over atoms
+        readout: int = 0,           # width of a network on both, which then gives the embedding; 0: none
     ):
         super().__init__()
         self.config: dict[str, Any] = dict(atom_sizes=list(atom_sizes), bond_sizes=list(bond_sizes), width=width, depth=depth,
-                                           dropout=dropout, pool=pool)
-        if min(width, depth) < 1: raise BadInput(f"sizes must be ≥ 1, got {self.config}")
-        self.width, self.pool = width, pick(pool, ["mean", "sum"], "pooling")
+                                           dropout=dropout, pool=pool, readout=readout)
+        if min(width, depth, readout + 1) < 1: raise BadInput(f"sizes must be ≥ 1 (readout ≥ 0), got {self.config}")
+        self.width, self.state_width, self.pool = readout or width, width, pick(pool, ["mean", "sum"], "pooling")
         self.atom = FeatureEmbedding(atom_sizes, width)
         self.layers = nn.ModuleList(GineLayer(width, bond_sizes, dropout) for _ in range(depth))
-        self.norm = nn.LayerNorm(width)
+        self.norm, self.readout = nn.LayerNorm(width), Readout(width, readout) if readout else None
 
     def forward(self, batch: Batch) -> Encoded:
         h = self.atom(batch["atoms"])                                            # [N, d]
         for layer in self.layers: h = layer(h, batch["edge_index"], batch["bonds"])
         states, mask = to_dense(self.norm(h), batch["graph"], batch["counts"])   # [B, n, d], [B, n]
-        return Encoded(pool(states, mask, self.pool), states, mask)
+        return Encoded(self.readout(states, mask) if self.readout else pool(states, mask, self.pool), states, mask)
 
     @classmethod
     def for_representation(cls, representation: Any, **config: Any) -> MoleculeGNN:

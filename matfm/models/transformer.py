@@ -1,4 +1,4 @@
-"""SMILES tokens in, one vector per molecule and one per token out.
+"""Tokens in, states out: an encoder that reads, a decoder that writes, and both together, with no work on padding.
 
 Docs: https://matfm.github.io/matfm/models/transformer.html.md"""
 
@@ -7,30 +7,41 @@ Docs: https://matfm.github.io/matfm/models/transformer.html.md"""
 # %% ../../nbs/models/31_transformer.ipynb #53de2806
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self, cast
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..core import BadInput, Batch, Encoded, pick
-from .layers import Attention, FeedForward, make_norm, pool
+from .layers import Angles, Attention, Cache, CrossAttention, FeedForward, Rotary, Segments, attend_cached, dense, make_norm, pool, segments
 from ..registry import encoders
 
 # %% auto #0
-__all__ = ['Block', 'init_transformer', 'TransformerEncoder']
+__all__ = ['Block', 'init_transformer', 'flatten', 'pack', 'Stack', 'TransformerEncoder', 'TransformerDecoder', 'source_keys',
+           'new_cache', 'extend', 'Seq2Seq']
 
 # %% ../../nbs/models/31_transformer.ipynb #7890d1ef
 class Block(nn.Module):
     "Attention and feed-forward, each on a normed copy, each added to its input."
-    def __init__(self, width: int, heads: int, expansion: float, feed_forward: str, norm: str, dropout: float):
+    def __init__(self, width: int, heads: int, expansion: float, feed_forward: str, norm: str, dropout: float,
+                 attention: str = "softmax", causal: bool = False, cross: bool = False):
         super().__init__()
         self.norm1, self.norm2 = make_norm(width, norm), make_norm(width, norm)
-        self.attention = Attention(width, heads, dropout)
+        self.attention = Attention(width, heads, dropout, attention, causal)
+        if cross: self.norm_cross, self.cross_attention = make_norm(width, norm), CrossAttention(width, heads, dropout)
         self.feed_forward = FeedForward(width, expansion, feed_forward, dropout)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:  # [B, L, d], [B, L] -> [B, L, d]
-        x = x + self.dropout(self.attention(self.norm1(x), mask))
+    def forward(self, x: Tensor, at: Segments, angles: Angles, source: tuple[Tensor, Segments] | None = None) -> Tensor:  # [T, d] -> [T, d]
+        x = x + self.dropout(self.attention(self.norm1(x), at, angles))
+        if source is not None: x = x + self.dropout(self.cross_attention(self.norm_cross(x), at, *source))
         return x + self.dropout(self.feed_forward(self.norm2(x)))
+
+    def extend(self, x: Tensor, angles: Angles, cache: Cache, layer: int) -> Tensor:  # [B, n, d] -> [B, n, d]
+        x = x + attend_cached(self.attention, self.norm1(x), angles, cache, layer)
+        if cache.memory: x = x + self.cross_attention.cached(self.norm_cross(x), cache, layer)
+        return x + self.feed_forward(self.norm2(x))
 
 # %% ../../nbs/models/31_transformer.ipynb #9064c480
 def init_transformer(
@@ -45,44 +56,179 @@ def init_transformer(
         writes = name.endswith(("attention.out.weight", "feed_forward.down.weight"))
         nn.init.normal_(p, std=0.02 / (2 * depth) ** 0.5 if writes else 0.02)
 
+# %% ../../nbs/models/31_transformer.ipynb #310000a2
+def flatten(
+    batch: Batch,  # padded: `tokens` and `mask`; or packed: `tokens` [T] and `ends` [B] int64
+) -> tuple[Tensor, Tensor, Segments]:  # tokens [T], mask [B, L], where they lie
+    "The real tokens of a batch, end to end."
+    tokens = batch["tokens"]
+    if tokens.dim() == 2:
+        at = segments(batch["mask"])
+        return tokens.flatten().index_select(0, at.slot), batch["mask"], at
+    lengths = batch["ends"].diff(prepend=batch["ends"].new_zeros(1))
+    if lengths.min() < 1 or lengths.sum() != len(tokens): raise BadInput(f"`ends` must rise to the number of tokens, {len(tokens)}, got {batch['ends'].tolist()[:8]}")
+    mask = torch.arange(int(lengths.max()), device=tokens.device) < lengths[:, None]
+    return tokens, mask, segments(mask)
+
+# %% ../../nbs/models/31_transformer.ipynb #310000a6
+def pack(
+    batch: Batch,  # padded
+) -> Batch:
+    "The packed form of a batch; whatever else it holds stays."
+    tokens, _, at = flatten(batch)
+    return {k: v for k, v in batch.items() if k != "mask"} | {"tokens": tokens, "ends": at.cuts[1:].long()}
+
+# %% ../../nbs/models/31_transformer.ipynb #310000a5
+class Stack(nn.Module):
+    "Token embedding, blocks and a last norm."
+    representation: ClassVar[str] = "smiles"
+
+    def __init__(self, config: dict[str, Any], vocab_size: int, width: int, depth: int, heads: int, expansion: float, feed_forward: str, norm: str,
+                 dropout: float, **kind: Any):
+        super().__init__()
+        if min(vocab_size, width, depth, heads) < 1: raise BadInput(f"sizes must be ≥ 1, got {config}")
+        self.config, self.width, self.heads = config, width, heads
+        self.embed = nn.Embedding(vocab_size, width)
+        self.blocks = nn.ModuleList(Block(width, heads, expansion, feed_forward, norm, dropout, **kind) for _ in range(depth))
+        self.norm, self.rotary = make_norm(width, norm), Rotary(width // heads)
+        init_transformer(self, depth)
+
+    def run(self, tokens: Tensor, at: Segments, source: tuple[Tensor, Segments] | None = None) -> Tensor:  # [T] -> [T, d]
+        x, angles = self.embed(tokens), self.rotary(at.position, at.longest)
+        for block in self.blocks: x = block(x, at, angles, source)
+        return self.norm(x)
+
+    @classmethod
+    def for_representation(cls, representation: Any, **config: Any) -> Self:
+        "A model that fits a token representation's vocabulary."
+        return cls(vocab_size=representation.vocab_size, **config)
+
 # %% ../../nbs/models/31_transformer.ipynb #50ab63b9
 @encoders.register("transformer")
-class TransformerEncoder(nn.Module):
-    "Pre-norm transformer over tokens with rotary positions."
+class TransformerEncoder(Stack):
+    "Every token sees all tokens of its record."
+    def __init__(
+        self,
+        vocab_size: int,            # token ids are 0..vocab_size-1
+        width: int = 192,           # d
+        depth: int = 6,             # number of blocks
+        heads: int = 6,             # attention heads; divides d
+        expansion: float = 4,       # feed-forward width in multiples of d
+        feed_forward: str = "gelu", # "gelu" or "swiglu"
+        norm: str = "layer",        # "layer" or "rms"
+        dropout: float = 0.0,       # on attention, hidden layer and both residual writes
+        pool: str = "mean",         # embedding: "mean" over real tokens, or "cls"
+        attention: str = "softmax", # or "linear", for records of hundreds of tokens
+    ):
+        config: dict[str, Any] = dict(vocab_size=vocab_size, width=width, depth=depth, heads=heads, expansion=expansion, feed_forward=feed_forward, norm=norm, dropout=dropout)
+        super().__init__({**config, "pool": pool, "attention": attention}, **config, attention=attention)
+        self.pool = pick(pool, ["mean", "cls"], "pooling")
+
+    def forward(self, batch: Batch) -> Encoded:
+        tokens, mask, at = flatten(batch)
+        states = dense(self.run(tokens, at), at)  # [B, L, d]
+        return Encoded(pool(states, mask, self.pool), states, mask)
+
+# %% ../../nbs/models/31_transformer.ipynb #310000b2
+@encoders.register("transformer_decoder")
+class TransformerDecoder(Stack):
+    "Every token sees the tokens before it, and what comes next is guessed."
+    causal: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        vocab_size: int,            # token ids are 0..vocab_size-1
+        width: int = 192,           # d
+        depth: int = 6,             # number of blocks
+        heads: int = 6,             # attention heads; divides d
+        expansion: float = 4,       # feed-forward width in multiples of d
+        feed_forward: str = "gelu", # "gelu" or "swiglu"
+        norm: str = "layer",        # "layer" or "rms"
+        dropout: float = 0.0,       # on attention, hidden layer and residual writes
+        cross: bool = False,        # whether blocks also look at a source
+    ):
+        config: dict[str, Any] = dict(vocab_size=vocab_size, width=width, depth=depth, heads=heads, expansion=expansion, feed_forward=feed_forward, norm=norm, dropout=dropout)
+        super().__init__({**config, "cross": cross}, **config, causal=True, cross=cross)
+
+    def forward(self, batch: Batch, source: Encoded | None = None) -> Encoded:
+        tokens, mask, at = flatten(batch)
+        if self.config["cross"] != (source is not None): raise BadInput("a decoder with cross=True, and no other, reads a source")
+        x = self.run(tokens, at, source and (source.states[source.mask], segments(source.mask)))
+        return Encoded(x.index_select(0, at.cuts[1:].long() - 1), dense(x, at), mask)
+
+    def logits(self, states: Tensor) -> Tensor:  # [..., d] -> [..., V]
+        "How likely each token is to come next, before the softmax."
+        return F.linear(states, self.embed.weight)
+
+# %% ../../nbs/models/31_transformer.ipynb #310000b5
+def source_keys(
+    decoder: TransformerDecoder,
+    source: Encoded,              # B records
+) -> list[tuple[Tensor, Tensor]]: # for each block two of [B, h, S, d/h]
+    "Keys and values of a source, computed once for all tokens that will be written."
+    rows, s, _ = source.states.shape
+    pairs = [cast(Block, block).cross_attention.keys(source.states.flatten(0, 1)) for block in decoder.blocks]
+    return [(k.unflatten(0, (rows, s)).transpose(1, 2), v.unflatten(0, (rows, s)).transpose(1, 2)) for k, v in pairs]
+
+# %% ../../nbs/models/31_transformer.ipynb #310000bb
+@torch.no_grad()
+def new_cache(
+    decoder: TransformerDecoder,
+    rows: int,                      # records, B
+    room: int,                      # most tokens of a record
+    source: Encoded | None = None,  # what a decoder with `cross` translates, B records
+) -> Cache:
+    "An empty cache."
+    h = decoder.heads
+    cache = Cache(len(decoder.blocks), (rows, h, room, decoder.width // h), decoder.embed.weight)
+    if source is not None: cache.memory, cache.seen = source_keys(decoder, source), source.mask[:, None, None]
+    return cache
+
+# %% ../../nbs/models/31_transformer.ipynb #310000ba
+@torch.no_grad()
+def extend(
+    decoder: TransformerDecoder,
+    tokens: Tensor,  # [B, n] int64, the next n tokens of each record
+    cache: Cache,    # what was read before; changed
+) -> Tensor:         # [B, n, d]
+    "States of further tokens; dropout plays no part."
+    upto = cache.read + tokens.shape[1]
+    angles = decoder.rotary(torch.arange(cache.read, upto, device=tokens.device), upto)
+    x = decoder.embed(tokens)
+    for layer, block in enumerate(decoder.blocks): x = cast(Block, block).extend(x, angles, cache, layer)
+    cache.read = upto
+    return decoder.norm(x)
+
+# %% ../../nbs/models/31_transformer.ipynb #310000b8
+@encoders.register("seq2seq")
+class Seq2Seq(nn.Module):
+    "An encoder, and a decoder that looks at its states."
     representation: ClassVar[str] = "smiles"
 
     def __init__(
         self,
-        vocab_size: int,           # token ids are 0..vocab_size-1
-        width: int = 192,          # d
-        depth: int = 6,            # number of blocks
-        heads: int = 6,            # attention heads; divides d
-        expansion: float = 4,      # feed-forward width in multiples of d
+        vocab_size: int,            # of source and target
+        width: int = 192,           # d
+        depth: int = 4,             # blocks of the encoder, and of the decoder
+        heads: int = 6,             # attention heads; divides d
+        expansion: float = 4,       # feed-forward width in multiples of d
         feed_forward: str = "gelu", # "gelu" or "swiglu"
-        norm: str = "layer",       # "layer" or "rms"
-        dropout: float = 0.0,      # on attention, hidden layer and both residual writes
-        pool: str = "mean",        # embedding: "mean" over real tokens, or "cls"
+        norm: str = "layer",        # "layer" or "rms"
+        dropout: float = 0.0,
     ):
         super().__init__()
-        self.config: dict[str, Any] = dict(vocab_size=vocab_size, width=width, depth=depth, heads=heads, expansion=expansion,
-                                           feed_forward=feed_forward, norm=norm, dropout=dropout, pool=pool)
-        if min(vocab_size, width, depth, heads) < 1: raise BadInput(f"sizes must be ≥ 1, got {self.config}")
-        self.width, self.pool = width, pick(pool, ["mean", "cls"], "pooling")
-        self.embed = nn.Embedding(vocab_size, width)
-        self.blocks = nn.ModuleList(Block(width, heads, expansion, feed_forward, norm, dropout) for _ in range(depth))
-        self.norm = make_norm(width, norm)
-        init_transformer(self, depth)
+        self.config: dict[str, Any] = dict(vocab_size=vocab_size, width=width, depth=depth, heads=heads, expansion=expansion, feed_forward=feed_forward,
+                                           norm=norm, dropout=dropout)
+        self.width = width
+        self.encoder, self.decoder = TransformerEncoder(**self.config), TransformerDecoder(**self.config, cross=True)
 
-    def forward(self, batch: Batch) -> Encoded:
-        mask = batch["mask"]                       # [B, L]
-        seen = None if bool(mask.all()) else mask  # no mask where nothing is padded
-        x = self.embed(batch["tokens"])            # [B, L, d]
-        for block in self.blocks: x = block(x, seen)
-        states = self.norm(x)
-        if seen is not None: states = states * mask[..., None].to(states.dtype)
-        return Encoded(pool(states, mask, self.pool), states, mask)
+    def forward(self, batch: Batch, target: Batch | None = None) -> Encoded:
+        "What the decoder makes of the target, having seen the batch; without a target, of the batch itself."
+        return self.decoder(target or batch, self.encoder(batch))
+
+    def logits(self, states: Tensor) -> Tensor: return self.decoder.logits(states)  # [..., d] -> [..., V]
 
     @classmethod
-    def for_representation(cls, representation: Any, **config: Any) -> TransformerEncoder:
-        "An encoder that fits a token representation's vocabulary."
+    def for_representation(cls, representation: Any, **config: Any) -> Seq2Seq:
+        "A model that fits a token representation's vocabulary."
         return cls(vocab_size=representation.vocab_size, **config)

@@ -1,4 +1,4 @@
-"""Hide 15 % of the tokens of a SMILES string and guess them from the rest: the pretraining of BERT, ChemBERTa and MoLFormer.
+"""Learn from strings alone: guess hidden tokens, the next token, cut-out spans, or what a chemist would compute.
 
 Docs: https://matfm.github.io/matfm/pretrain/language.html.md"""
 
@@ -7,11 +7,12 @@ Docs: https://matfm.github.io/matfm/pretrain/language.html.md"""
 # %% ../../nbs/pretrain/51_language.ipynb #fa5b59b9
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core import BadInput, Batch
@@ -19,7 +20,8 @@ from .objectives import GuessHead, ObjectiveModule, fraction_true, mean_loss, un
 from ..registry import objectives
 
 # %% auto #0
-__all__ = ['choose', 'corrupt', 'MaskedTokens']
+__all__ = ['choose', 'corrupt', 'MaskedTokens', 'Writing', 'covered', 'special_ids', 'NextToken', 'choose_spans', 'closed_up',
+           'cut_out', 'DenoiseSpans', 'DescriptorTargets']
 
 # %% ../../nbs/pretrain/51_language.ipynb #a2267802
 def choose(
@@ -84,3 +86,201 @@ class MaskedTokens(ObjectiveModule):
         logits, truth = self.head(encoded.states[chosen]), tokens[chosen]          # [M, V], [M]
         loss = mean_loss(F.cross_entropy(logits, truth, reduction="none"))
         return {"loss": loss, "accuracy": fraction_true(logits.argmax(-1) == truth), "count": chosen.sum().detach()}
+
+# %% ../../nbs/pretrain/51_language.ipynb #510000a2
+class Writing(ObjectiveModule):
+    "What objectives of decoders share: the loss of guessing one token after the other."
+    def __init__(
+        self,
+        width: int,       # d of the model
+        vocab_size: int,  # token ids are 0 … vocab_size − 1
+        ahead: int = 1,   # how many tokens to guess at each place
+        **config: Any,
+    ):
+        if ahead < 1: raise BadInput(f"ahead must be ≥ 1, got {ahead}")
+        super().__init__(width=width, vocab_size=vocab_size, ahead=ahead, **config)
+        self.further = nn.ModuleList(nn.Linear(width, vocab_size) for _ in range(ahead - 1))
+
+    def losses(self, model: Any, states: Tensor, truth: Tensor, real: Tensor) -> dict[str, Tensor]:  # [B, M, d], [B, M], [B, M] bool
+        "`loss` (nats per token, summed over the heads), `next` (the first head's), `accuracy` and `count`."
+        logits, wanted = model.logits(states[real]), truth[real]
+        nxt = mean_loss(F.cross_entropy(logits, wanted, reduction="none"))
+        more = [mean_loss(F.cross_entropy(head(states[:, :-k][real[:, k:]]), truth[:, k:][real[:, k:]], reduction="none"))
+                for k, head in enumerate(self.further, 1) if real.shape[1] > k]
+        return {"loss": torch.stack([nxt, *more]).sum(), "next": nxt.detach(), "accuracy": fraction_true(logits.argmax(-1) == wanted), "count": real.sum().detach()}
+
+# %% ../../nbs/pretrain/51_language.ipynb #510000a3
+def covered(
+    tokens: Tensor,   # [B, L] int64
+    mask: Tensor,     # [B, L] bool, real tokens
+    special: Tensor,  # ids that are never covered
+    p: float,         # share to cover; 0: none
+    mask_id: int,     # id of `<mask>`
+    generator: torch.Generator | None = None,
+) -> Tensor:          # [B, L] int64, a copy
+    "A share of the tokens replaced by `<mask>`."
+    if not p: return tokens.clone()
+    return torch.where(choose(mask & ~torch.isin(tokens, special), p, generator), mask_id, tokens)
+
+# %% ../../nbs/pretrain/51_language.ipynb #510000a6
+def special_ids(
+    representation: Any,  # of tokens
+) -> list[int]:
+    "Ids that are no part of a molecule."
+    r = representation
+    return [r.pad_id, r.cls_id, r.eos_id, r.mask_id, r.unk_id]
+
+# %% ../../nbs/pretrain/51_language.ipynb #510000a4
+@objectives.register("next_token")
+class NextToken(Writing):
+    "Causal language modelling (GPT) with a `TransformerDecoder`."
+    reads = ("tokens", "mask")
+    special: Tensor
+
+    def __init__(
+        self,
+        width: int,
+        vocab_size: int,
+        ahead: int = 1,                             # how many tokens to guess at each place
+        hide: float = 0.0,                          # share of the tokens that the decoder does not get to read
+        mask_id: int = 3,                           # id of `<mask>`
+        specials: Sequence[int] = (0, 1, 2, 3, 4),  # ids that are never hidden
+    ):
+        if not 0 <= hide < 1: raise BadInput(f"hide must be a share, 0 ≤ hide < 1, got {hide}")
+        super().__init__(width, vocab_size, ahead, hide=hide, mask_id=mask_id, specials=list(specials))
+        self.register_buffer("special", torch.tensor(sorted(specials)), persistent=False)
+
+    @classmethod
+    def for_encoder(cls, encoder: Any, representation: Any, **options: Any) -> Self:
+        return cls(width=encoder.width, vocab_size=representation.vocab_size, mask_id=representation.mask_id, specials=special_ids(representation), **options)
+
+    def forward(self, encoder: Any, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        self.check(batch)
+        if not getattr(encoder, "causal", False): raise BadInput(f"next_token needs a model that does not look ahead, got {type(encoder).__name__}")
+        tokens, mask = batch["tokens"], batch["mask"]
+        seen = covered(tokens, mask, self.special, self.config["hide"], self.config["mask_id"], generator)
+        states = encoder({**batch, "tokens": seen}).states
+        return self.losses(encoder, states[:, :-1], tokens[:, 1:], mask[:, 1:])
+
+# %% ../../nbs/pretrain/51_language.ipynb #510000b2
+def choose_spans(
+    eligible: Tensor,  # [B, L] bool
+    p: float,          # about this share of the tokens is chosen
+    length: float,     # mean length of a span
+    generator: torch.Generator | None = None,
+) -> Tensor:           # [B, L] bool
+    "Spans of geometrically distributed length, at least one in every record that has an eligible token."
+    draw, size = (uniform(eligible.shape, generator, eligible.device) for _ in range(2))
+    draw = draw.masked_fill(~eligible, 2.0)
+    begins = (draw < -math.log1p(-p) / length) | (draw == draw.amin(1, keepdim=True))
+    place = torch.arange(eligible.shape[1], device=eligible.device)
+    size = 1 + (torch.log1p(-size) / math.log(1 - 1 / length)).long() if length > 1 else torch.ones_like(place).expand(eligible.shape)
+    reach = torch.where(begins & eligible, place + size, 0).cummax(1).values
+    return (reach > place) & eligible
+
+# %% ../../nbs/pretrain/51_language.ipynb #510000b4
+def closed_up(
+    tokens: Tensor,  # [B, L] int64
+    keep: Tensor,    # [B, L] bool
+    pad_id: int = 0,
+) -> Batch:
+    "The kept tokens of each record, moved together."
+    counts = keep.sum(1)
+    mask = torch.arange(int(counts.max()), device=tokens.device) < counts[:, None]
+    return {"tokens": tokens.new_full(mask.shape, pad_id).masked_scatter(mask, tokens[keep]), "mask": mask}
+
+# %% ../../nbs/pretrain/51_language.ipynb #510000b8
+def cut_out(
+    tokens: Tensor,  # [B, L] int64
+    mask: Tensor,    # [B, L] bool, real tokens
+    chosen: Tensor,  # [B, L] bool, spans
+    mask_id: int,    # stands for a span
+    eos_id: int,     # ends the target
+) -> tuple[Batch, Batch]:
+    "What is left, with one `<mask>` for each span, and the spans, each after a `<mask>`."
+    first = chosen & ~F.pad(chosen, (1, 0))[:, :-1]
+    marked = torch.where(first, mask_id, tokens)
+    pairs = torch.stack([torch.full_like(tokens, mask_id), tokens], -1).flatten(1)  # a place for a mark before every token
+    keep = torch.stack([first, chosen], -1).flatten(1)
+    target = closed_up(F.pad(pairs, (0, 1), value=eos_id), F.pad(keep, (0, 1), value=True))
+    return closed_up(marked, mask & (first | ~chosen)), target
+
+# %% ../../nbs/pretrain/51_language.ipynb #510000b6
+@objectives.register("denoise_spans")
+class DenoiseSpans(Writing):
+    "Span corruption (T5) with a `Seq2Seq`."
+    reads = ("tokens", "mask")
+    special: Tensor
+
+    def __init__(
+        self,
+        width: int,
+        vocab_size: int,
+        ahead: int = 1,                             # how many tokens to guess at each place
+        p: float = 0.15,                            # share of the tokens that is cut out, about
+        length: float = 3.0,                        # mean length of a span
+        mask_id: int = 3,                           # stands for a span
+        cls_id: int = 1,                            # begins what the decoder reads
+        eos_id: int = 2,                            # ends what it writes
+        specials: Sequence[int] = (0, 1, 2, 3, 4),  # ids that are never cut out
+    ):
+        if not 0 < p < 1 or length < 1: raise BadInput(f"p must be between 0 and 1 and length ≥ 1, got {p} and {length}")
+        super().__init__(width, vocab_size, ahead, p=p, length=length, mask_id=mask_id, cls_id=cls_id, eos_id=eos_id, specials=list(specials))
+        self.register_buffer("special", torch.tensor(sorted(specials)), persistent=False)
+
+    @classmethod
+    def for_encoder(cls, encoder: Any, representation: Any, **options: Any) -> Self:
+        r = representation
+        return cls(width=encoder.width, vocab_size=r.vocab_size, mask_id=r.mask_id, cls_id=r.cls_id, eos_id=r.eos_id, specials=special_ids(r), **options)
+
+    def forward(self, encoder: Any, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        self.check(batch)
+        if not hasattr(encoder, "decoder"): raise BadInput(f"denoise_spans needs an encoder with a decoder, got {type(encoder).__name__}")
+        c, tokens = self.config, batch["tokens"]
+        chosen = choose_spans(batch["mask"] & ~torch.isin(tokens, self.special), c["p"], c["length"], generator)
+        source, target = cut_out(tokens, batch["mask"], chosen, c["mask_id"], c["eos_id"])
+        read = F.pad(target["tokens"], (1, 0), value=c["cls_id"])[:, :-1]
+        states = encoder(source, {"tokens": read, "mask": target["mask"]}).states
+        return self.losses(encoder, states, target["tokens"], target["mask"])
+
+# %% ../../nbs/pretrain/51_language.ipynb #510000c2
+@objectives.register("descriptor_targets")
+class DescriptorTargets(ObjectiveModule):
+    "Regress a vector of known values from the embedding."
+    reads = ("aux",)
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        width: int,                                 # d of the encoder
+        mean: Sequence[float],                      # of each value, [F]
+        std: Sequence[float],                       # of each value, [F], > 0
+        hide: float = 0.0,                          # share of the tokens that the encoder does not get to read
+        mask_id: int = 3,                           # id of `<mask>`
+        specials: Sequence[int] = (0, 1, 2, 3, 4),  # ids that are never hidden
+    ):
+        if not len(mean) == len(std) > 0 or min(std) <= 0: raise BadInput(f"need one mean and one deviation > 0 for each value, got {len(mean)} and {len(std)}")
+        if not 0 <= hide < 1: raise BadInput(f"hide must be a share, 0 ≤ hide < 1, got {hide}")
+        super().__init__(width=width, mean=list(mean), std=list(std), hide=hide, mask_id=mask_id, specials=list(specials))
+        self.head = GuessHead(width, len(mean))
+        for name, x in (("mean", mean), ("std", std)): self.register_buffer(name, torch.tensor(x, dtype=torch.float32), persistent=False)
+
+    @classmethod
+    def for_values(cls, width: int, values: Tensor, **options: Any) -> Self:
+        "For a table of values [n, F], NaN where missing; a column that never changes gets the deviation 1."
+        known = values.isfinite()
+        n, x = known.sum(0).clamp(min=1), values.double().where(known, 0.0)
+        mean = x.sum(0) / n
+        std = ((x - mean).where(known, 0.0).square().sum(0) / n).sqrt()
+        return cls(width, mean.tolist(), std.where(std > 1e-6 * (1 + mean.abs()), 1.0).tolist(), **options)
+
+    def forward(self, encoder: Any, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        "`loss` (Huber, in standard deviations), `mae` in standard deviations and `count` of known values."
+        self.check(batch)
+        c = self.config
+        if batch["aux"].shape[1] != len(self.mean): raise BadInput(f"aux must hold {len(self.mean)} values, has {batch['aux'].shape[1]}")
+        if c["hide"]: batch = {**batch, "tokens": covered(batch["tokens"], batch["mask"], torch.tensor(c["specials"], device=self.mean.device), c["hide"], c["mask_id"], generator)}
+        known, wanted = batch["aux"].isfinite(), (batch["aux"] - self.mean) / self.std
+        guess, truth = self.head(encoder(batch).embedding)[known], wanted[known]
+        return {"loss": mean_loss(F.smooth_l1_loss(guess, truth, reduction="none")), "mae": mean_loss((guess - truth).abs()).detach(), "count": known.sum().detach()}

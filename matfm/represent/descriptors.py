@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import combinations, pairwise
 from typing import Any, ClassVar
 
 import numpy as np
@@ -25,7 +26,9 @@ from .molecule import read_molecule
 
 # %% auto #0
 __all__ = ['KINDS', 'DEFAULT_DESCRIPTORS', 'PROPERTIES', 'SHELLS', 'LAST', 'NORMS', 'STATISTICS', 'Descriptor',
-           'MoleculeDescriptor', 'Ecfp', 'Fingerprint', 'MoleculeDescriptors', 'element_table',
+           'MoleculeDescriptor', 'Ecfp', 'Fingerprint', 'MoleculeDescriptors', 'AtomTable', 'crippen_group',
+           'estate_group', 'charge_group', 'electron_group', 'connectivity_group', 'shape_group', 'information_group',
+           'graph_group', 'needed_atoms', 'fragment_group', 'density_group', 'descriptor_values', 'element_table',
            'composition_statistics', 'CompositionStats', 'matrix', 'Concat', 'table']
 
 # %% ../../nbs/represent/24_descriptors.ipynb #25bf2d30
@@ -174,12 +177,13 @@ class MoleculeDescriptors(MoleculeDescriptor):
 
     @classmethod
     def everything(cls) -> MoleculeDescriptors:
-        "All that the installed RDKit has (slower: about 300 molecules/s)."
+        "All that the installed RDKit has (slower: some are not shared)."
         return cls(tuple(_rdkit_descriptors()))
 
     def rows(self, parsed: Sequence[Any]) -> np.ndarray:
-        functions = _rdkit_descriptors()
-        values = np.array([[_number(functions[name], m) for name in self.use] for m in parsed])
+        from rdkit import rdBase
+        with rdBase.BlockLogs(), np.errstate(all="ignore"): found = [descriptor_values(m, self.use) for m in parsed]
+        values = np.array([[d[name] for name in self.use] for d in found], float)
         undefined = ~np.isfinite(values)
         values = np.clip(np.where(undefined, 0, values), -self.limit, self.limit)
         return np.column_stack([values, undefined.sum(axis=1)]).astype(np.float32)
@@ -187,10 +191,235 @@ class MoleculeDescriptors(MoleculeDescriptor):
 # %% ../../nbs/represent/24_descriptors.ipynb #8fd8ed39
 def _number(function: Any, mol: Any) -> float:
     "A descriptor's value; NaN where RDKit cannot say."
-    from rdkit import rdBase
-    try:
-        with rdBase.BlockLogs(): return float(function(mol))
+    try: return float(function(mol))
     except (ValueError, RuntimeError, ZeroDivisionError, OverflowError, KeyError): return math.nan
+
+# %% ../../nbs/represent/24_descriptors.ipynb #sh000002
+class AtomTable:
+    "What several groups of descriptors need to know of a molecule."
+    def __init__(self, mol: Any):  # RDKit's, N atoms
+        from rdkit import Chem
+        self.mol = mol
+        atoms = map(mol.GetAtomWithIdx, range(mol.GetNumAtoms()))
+        read = [(a.GetAtomicNum(), a.GetTotalNumHs(), a.GetNumRadicalElectrons()) for a in atoms]
+        self.z, self.hydrogens, self.radicals = np.array(read, np.int64).reshape(-1, 3).T  # [N] each
+        self.orders = Chem.GetAdjacencyMatrix(mol, useBO=True)  # [N, N]; 1.5 where aromatic
+        self.adjacent = (self.orders > 0).astype(float)         # [N, N]
+        self.bonds = np.nonzero(np.triu(self.orders))           # atoms of each bond, twice [bonds]
+        if len(self.bonds[0]) != mol.GetNumBonds(): raise ValueError("a bond without an order")
+        self.degree, self.outer = self.adjacent.sum(axis=0), _outer_electrons()[self.z]
+        self.rings = [len(r) for r in mol.GetRingInfo().AtomRings()]
+
+@cache
+def _outer_electrons() -> np.ndarray:
+    from rdkit import Chem
+    return np.array([Chem.GetPeriodicTable().GetNOuterElecs(z) for z in range(119)])
+
+# %% ../../nbs/represent/24_descriptors.ipynb #sh000005
+def _binned(values: np.ndarray, weights: np.ndarray, edges: Sequence[float]) -> list[float]:
+    return np.bincount(np.searchsorted(edges, values, "right"), weights, len(edges) + 1).tolist()
+
+def _areas(a: AtomTable) -> np.ndarray:
+    from rdkit.Chem.rdMolDescriptors import _CalcLabuteASAContribs
+    return np.array(_CalcLabuteASAContribs(a.mol)[0])
+
+def crippen_group(a: AtomTable) -> list[float]:
+    "MolLogP, MolMR, SlogP_VSA and SMR_VSA."
+    from rdkit import Chem
+    from rdkit.Chem.MolSurf import logpBins, mrBins
+    from rdkit.Chem.rdMolDescriptors import _CalcCrippenContribs
+    parts = np.array(_CalcCrippenContribs(Chem.AddHs(a.mol)))
+    (logp, refraction), area = parts[:len(a.z)].T, _areas(a)
+    return [*parts.sum(axis=0).tolist(), *_binned(logp, area, logpBins), *_binned(refraction, area, mrBins)]
+
+# %% ../../nbs/represent/24_descriptors.ipynb #sh000006
+def estate_group(a: AtomTable) -> list[float]:
+    "Extreme E-state indices, VSA_EState and EState_VSA."
+    from rdkit import Chem
+    from rdkit.Chem.EState.EState_VSA import estateBins, vsaBins
+    period = np.searchsorted([2, 10, 18, 36, 54, 86], a.z) + 1
+    own = np.where(a.degree > 0, (4 / period**2 * (a.outer - a.hydrogens) + 1) / np.maximum(a.degree, 1), 0)
+    p = Chem.GetDistanceMatrix(a.mol) + 1
+    e = np.where(p < 1e6, (own - own[:, None]) / (p * p), 0).sum(axis=0) + own
+    area = _areas(a)
+    return [e.max(), e.min(), np.abs(e).max(), np.abs(e).min(), *_binned(area, e, vsaBins), *_binned(e, area, estateBins)]
+
+def charge_group(a: AtomTable) -> list[float]:
+    "Extreme Gasteiger charges, PEOE_VSA."
+    from rdkit.Chem.rdMolDescriptors import PEOE_VSA_
+    from rdkit.Chem.rdPartialCharges import ComputeGasteigerCharges
+    ComputeGasteigerCharges(a.mol)
+    charges = [a.mol.GetAtomWithIdx(i).GetDoubleProp("_GasteigerCharge") for i in range(len(a.z))]
+    low, high = min(charges), max(charges)
+    if not all(map(math.isfinite, charges)): raise ValueError("elements without parameters")
+    return [low, high, min(abs(low), abs(high)), max(abs(low), abs(high)), *PEOE_VSA_(a.mol)]
+
+def electron_group(a: AtomTable) -> list[float]:
+    "Valence and unpaired electrons."
+    from rdkit import Chem
+    return [float(a.outer.sum() + a.hydrogens.sum() - Chem.GetFormalCharge(a.mol)), float(a.radicals.sum())]
+
+# %% ../../nbs/represent/24_descriptors.ipynb #sh000009
+def _paths(a: AtomTable, d: np.ndarray) -> list[float]:
+    "Products of d [N] summed over the paths of two, three and four bonds."
+    i, j = a.bonds
+    S = a.adjacent @ d
+    two = d * (S**2 - a.adjacent @ d**2)
+    three = d[i] * d[j] * (S[i] - d[j]) * (S[j] - d[i])
+    t = a.adjacent * (d * S - np.outer(d, d))
+    four = d * (t.sum(axis=1)**2 - (t**2).sum(axis=1))
+    return [two.sum() / 2, three.sum(), four.sum() / 2]
+
+def connectivity_group(a: AtomTable) -> list[float]:
+    "Chi0, Chi1, and Chi2 to Chi4 with both kinds of valence."
+    n = (a.outer - a.hydrogens).astype(float)
+    if min(a.rings, default=9) < 5 or n.min() < 0 or 1 in a.z: raise ValueError("not by these formulas")
+    v = np.where(a.z < 2, 0, np.where(a.z > 10, n / np.maximum(a.z - a.outer - 1, 1), n))
+    d = [np.where(x > 0, 1 / np.sqrt(np.where(x > 0, x, 1)), 0) for x in (a.degree, n, v)]
+    i, j = a.bonds
+    return [d[0].sum(), (d[0][i] * d[0][j]).sum(), *_paths(a, d[1]), *_paths(a, d[2])]
+
+# %% ../../nbs/represent/24_descriptors.ipynb #sh000010
+def shape_group(a: AtomTable) -> list[float]:
+    "HallKierAlpha, Kappa1 to Kappa3, Phi."
+    from rdkit.Chem.rdMolDescriptors import CalcHallKierAlpha, CalcKappa1
+    if 1 in a.z: raise ValueError("hydrogens in the graph")
+    alpha, one, heavy = CalcHallKierAlpha(a.mol), CalcKappa1(a.mol), a.mol.GetNumHeavyAtoms()
+    i, j = a.bonds
+    paths2 = (a.degree * (a.degree - 1)).sum() / 2 + alpha
+    paths3 = ((a.degree[i] - 1) * (a.degree[j] - 1)).sum() - 2 * a.rings.count(3) + alpha
+    n = heavy + alpha
+    two = (n - 1) * (n - 2)**2 / paths2**2 if paths2 else 0.0
+    three = (n - 1 - (heavy % 2 == 0)) * (n - 3)**2 / paths3**2 if paths3 else 0.0
+    return [alpha, one, two, three, one * two / heavy]
+
+# %% ../../nbs/represent/24_descriptors.ipynb #sh000013
+def _entropy(counts: np.ndarray) -> float:
+    "In bits."
+    p = counts[counts > 0] / counts.sum()
+    return float(-(p * np.log2(p)).sum())
+
+def information_group(a: AtomTable) -> list[float]:
+    "Ipc and AvgIpc."
+    if len(a.z) > 60: raise ValueError("too large for the eigenvalues")
+    c = np.zeros(len(a.z) + 1)
+    c[0] = 1
+    for x in np.linalg.eigvalsh(a.adjacent): c[1:] -= x * c[:-1]
+    c = np.abs(c)
+    return [c.sum() * _entropy(c), _entropy(c)]
+
+# %% ../../nbs/represent/24_descriptors.ipynb #sh000014
+def _bertz(a: AtomTable, far: np.ndarray) -> float:
+    "Complexity from the distances, [N, N]."
+    seen: dict[bytes, int] = {}
+    alike = [seen.setdefault(r.tobytes(), len(seen)) for r in np.round(np.sort(far, axis=1)[:, :100] * 1e4).astype(np.int64)]
+    near: list[list[tuple[int, float]]] = [[] for _ in alike]
+    found: dict[tuple[int, ...], float] = {}
+    for i, j, order in zip(*(x.tolist() for x in (*a.bonds, a.orders[a.bonds])), strict=True):
+        key = (alike[i], alike[j]) if alike[i] < alike[j] else (alike[j], alike[i])
+        if order > 1: found[key] = found.get(key, 0.0) + order * (order - 1) / 2
+        near[i].append((alike[j], order))
+        near[j].append((alike[i], order))
+    for own, beside in zip(alike, near, strict=True):
+        for (c, order), (e, other) in combinations(sorted(beside), 2): found[c, own, e] = found.get((c, own, e), 0.0) + order * other
+    n = np.array(list(found.values()) or [1.0])
+    return len(a.z) * _entropy(np.unique(a.z, return_counts=True)[1]) + n.sum() * (_entropy(n) + math.log2(n.sum()))
+
+def graph_group(a: AtomTable) -> list[float]:
+    "BalabanJ and BertzCT."
+    from rdkit import Chem
+    far = Chem.GetDistanceMatrix(a.mol, useBO=True, useAtomWts=False, force=False, prefix="Balaban")
+    (i, j), s = a.bonds, far.sum(axis=0)
+    loops = len(i) - len(a.z) + 2
+    return [len(i) / loops * (1 / np.sqrt(s[i] * s[j])).sum() if loops else 0.0, _bertz(a, far) if len(a.z) > 1 else 0.0]
+
+# %% ../../nbs/represent/24_descriptors.ipynb #sh000017
+def _parts(text: str, sign: str) -> list[str]:
+    "A SMARTS atom cut at a sign outside of brackets."
+    depths = np.cumsum([(c in "([") - (c in ")]") for c in text])
+    cuts = [-1, *(i for i, c in enumerate(text) if c == sign and depths[i] == 0), len(text)]
+    return [text[a + 1:b] for a, b in pairwise(cuts)]
+
+def needed_atoms(
+    smarts: str,
+) -> np.ndarray:  # [120], of each element, and (last) of any
+    "How many atoms a molecule must have to hold a pattern."
+    from rdkit import Chem
+    own, inner = np.zeros(120, np.int64), np.zeros(120, np.int64)
+    for atom in Chem.MolFromSmarts(smarts).GetAtoms():
+        for part in _parts(atom.GetSmarts().removeprefix("[").removesuffix("]"), ";"):
+            here = [_needed_here(choice) for choice in _parts(part, ",")]
+            own += np.min([mine for mine, _ in here], axis=0)
+            inner = np.maximum(inner, np.min([np.maximum(mine, other) for mine, other in here], axis=0))
+        own[119] += 1
+    return np.maximum(own, inner)
+
+# %% ../../nbs/represent/24_descriptors.ipynb #sh000023
+def _needed_here(choice: str) -> tuple[np.ndarray, np.ndarray]:
+    "Of one alternative of one SMARTS atom: its own element, and what its recursive patterns need."
+    own, inner = np.zeros(120, np.int64), np.zeros(120, np.int64)
+    for test in _parts(choice, "&"):
+        if test.startswith("$("): inner = np.maximum(inner, needed_atoms(test[2:-1]))
+        elif m := re.fullmatch(r"#(\d+)|([A-Z][a-z]?|[bcnops])", test):
+            if m[1] or m[2] not in ("A", "D", "H", "R", "X"): own[int(m[1]) if m[1] else NUMBERS[m[2].capitalize()]] = 1
+    return own, inner
+
+@cache
+def _fragments() -> tuple[tuple[str, ...], list[Any], np.ndarray]:
+    "Names, patterns, and the atoms they need, [patterns, 120]."
+    from rdkit import Chem
+    names = tuple(n for n in _rdkit_descriptors() if n.startswith("fr_"))
+    patterns = [_rdkit_descriptors()[n].__defaults__[1] for n in names]
+    return names, patterns, np.stack([needed_atoms(Chem.MolToSmarts(p)) for p in patterns])
+
+# %% ../../nbs/represent/24_descriptors.ipynb #sh000018
+def fragment_group(a: AtomTable) -> list[float]:
+    "Numbers of all fragments."
+    _, patterns, need = _fragments()
+    have = np.bincount(a.z, minlength=120)
+    have[119] = len(a.z)
+    return [len(a.mol.GetSubstructMatches(p)) if possible else 0 for p, possible in zip(patterns, np.all(need <= have, axis=1).tolist(), strict=True)]
+
+def density_group(a: AtomTable) -> list[float]:
+    "FpDensityMorgan1 to 3."
+    heavy = a.mol.GetNumHeavyAtoms()
+    return [len(_morgan(radius, 2048).GetSparseCountFingerprint(a.mol).GetNonzeroElements()) / heavy if heavy else 0.0 for radius in (1, 2, 3)]
+
+# %% ../../nbs/represent/24_descriptors.ipynb #sh000020
+def _series(prefix: str, n: int) -> tuple[str, ...]: return tuple(f"{prefix}{i}" for i in range(1, n + 1))
+
+@cache
+def _groups() -> dict[Any, tuple[str, ...]]:
+    "Each group's names, in the order of its values."
+    return {electron_group: ("NumValenceElectrons", "NumRadicalElectrons"),
+            crippen_group: ("MolLogP", "MolMR", *_series("SlogP_VSA", 12), *_series("SMR_VSA", 10)),
+            estate_group: ("MaxEStateIndex", "MinEStateIndex", "MaxAbsEStateIndex", "MinAbsEStateIndex", *_series("VSA_EState", 10), *_series("EState_VSA", 11)),
+            charge_group: ("MinPartialCharge", "MaxPartialCharge", "MinAbsPartialCharge", "MaxAbsPartialCharge", *_series("PEOE_VSA", 14)),
+            connectivity_group: ("Chi0", "Chi1", *(f"Chi{k}{kind}" for kind in "nv" for k in (2, 3, 4))),
+            shape_group: ("HallKierAlpha", "Kappa1", "Kappa2", "Kappa3", "Phi"), information_group: ("Ipc", "AvgIpc"),
+            graph_group: ("BalabanJ", "BertzCT"), density_group: _series("FpDensityMorgan", 3), fragment_group: _fragments()[0]}
+
+@cache
+def _plan(use: tuple[str, ...]) -> tuple[list[tuple[Any, tuple[str, ...]]], list[str]]:
+    "The groups of which something is wanted, and the descriptors that are in none."
+    chosen = [(g, names) for g, names in _groups().items() if set(names) & set(use)]
+    shared = {n for _, names in chosen for n in names}
+    return chosen, [n for n in use if n not in shared]
+
+# %% ../../nbs/represent/24_descriptors.ipynb #sh000021
+def descriptor_values(
+    mol: Any,              # RDKit's
+    use: tuple[str, ...],  # names of RDKit's descriptors
+) -> dict[str, float]:     # at least these; NaN where RDKit cannot say
+    "RDKit's descriptors of one molecule, common work done once."
+    functions, (chosen, rest) = _rdkit_descriptors(), _plan(use)
+    found = {n: _number(functions[n], mol) for n in rest}
+    try: atoms = AtomTable(mol)
+    except (ValueError, RuntimeError, IndexError): atoms = None
+    for group, names in chosen:
+        try: found.update(zip(names, group(atoms), strict=True))
+        except (AttributeError, ValueError, RuntimeError, ZeroDivisionError, OverflowError, IndexError, KeyError): found |= {n: _number(functions[n], mol) for n in names}
+    return found
 
 # %% ../../nbs/represent/24_descriptors.ipynb #08b9c0b7
 PROPERTIES = ("Z", "mendeleev_no", "atomic_mass", "row", "group", "melting_point", "boiling_point", "X", "electron_affinity", "ionization_energy", "atomic_radius",
