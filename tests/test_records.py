@@ -237,7 +237,7 @@ CSV = "SMILES,logS,note\nCCO,1.5,a\nCCN,2.5,b\n"
 
 
 @pytest.mark.parametrize("name, data", [
-    ("plain.csv", CSV.encode()), ("bom.csv", b"\xef\xbb\xbf" + CSV.encode()), ("packed.csv.gz", gzip.compress(CSV.encode())), ("utf16.csv", CSV.encode("utf-16")),
+    ("plain.csv", CSV.encode()), ("bom.csv", b"\xef\xbb\xbf" + CSV.encode()), ("packed.csv.gz", gzip.compress(CSV.encode(), mtime=0)), ("utf16.csv", CSV.encode("utf-16")),
     ("windows.csv", CSV.replace("\n", "\r\n").encode()), ("latin.csv", CSV.replace(",a", ",\xe9").encode("latin-1")), ("semicolon.csv", CSV.replace(",", ";").encode()),
     ("tab.tsv", CSV.replace(",", "\t").encode()), ("rows.jsonl", b'{"SMILES":"CCO","logS":1.5,"note":"a"}\n{"SMILES":"CCN","logS":2.5,"note":"b"}\n'),
     ("rows.json", b'[{"SMILES":"CCO","logS":1.5,"note":"a"},{"SMILES":"CCN","logS":2.5,"note":"b"}]')])
