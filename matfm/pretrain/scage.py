@@ -47,7 +47,7 @@ def bends_of(
     for j, i in edge_index.T.tolist(): near.setdefault(i, []).append(j)
     return np.array([(a, i, b) for i, js in sorted(near.items()) for a, b in combinations(sorted(js), 2)], dtype=np.int32).reshape(-1, 3).T.copy()
 
-# %% ../../nbs/pretrain/53_scage.ipynb #c53a0007
+# %% ../../nbs/pretrain/53_scage.ipynb #c53a0008
 @representations.register("molecule_conformer")
 @dataclass(frozen=True)
 class MoleculeConformer(ConformerSpec):
@@ -72,7 +72,7 @@ class MoleculeConformer(ConformerSpec):
     def size(self, item: Item) -> int: return len(item["atoms"])
     def collate(self, items: Sequence[Item]) -> Batch: return collate_conformers(items)
 
-# %% ../../nbs/pretrain/53_scage.ipynb #c53a0008
+# %% ../../nbs/pretrain/53_scage.ipynb #c53a0009
 def scage_targets(
     smiles: str,
     graph: Item,       # of the same molecule
@@ -82,7 +82,7 @@ def scage_targets(
     groups = groups_of_atoms(read_molecule(smiles)) + 1
     return {"morgan": Ecfp(bits=bits)(smiles)["x"].astype(np.uint8), "atom_group": groups.astype(np.int16), "bends": bends_of(graph["edge_index"])}
 
-# %% ../../nbs/pretrain/53_scage.ipynb #c53a0009
+# %% ../../nbs/pretrain/53_scage.ipynb #c53a0010
 def collate_conformers(
     items: Sequence[Item],  # what `MoleculeConformer` gave
 ) -> Batch:
@@ -96,7 +96,7 @@ def collate_conformers(
         more["bends"] = np.concatenate([i["bends"].astype(np.int64) + s for i, s in zip(items, starts, strict=True)], axis=1)
     return {**batch, **{k: torch.from_numpy(v) for k, v in more.items()}}
 
-# %% ../../nbs/pretrain/53_scage.ipynb #c53a0013
+# %% ../../nbs/pretrain/53_scage.ipynb #c53a0014
 def focal_loss(
     logits: Tensor,       # [M, classes]
     target: Tensor,       # [M] int64
@@ -106,7 +106,7 @@ def focal_loss(
     log_p = logits.float().log_softmax(-1).gather(-1, target[:, None])[:, 0]
     return -((1 - log_p.exp()) ** gamma) * log_p
 
-# %% ../../nbs/pretrain/53_scage.ipynb #c53a0014
+# %% ../../nbs/pretrain/53_scage.ipynb #c53a0015
 def bond_angles(
     positions: Tensor,  # [N, 3], Å
     bends: Tensor,      # [3, T]
@@ -122,7 +122,7 @@ def angle_classes(
     "Equal bins from 0 to π."
     return (angle / torch.pi * bins).long().clamp(max=bins - 1)
 
-# %% ../../nbs/pretrain/53_scage.ipynb #c53a0018
+# %% ../../nbs/pretrain/53_scage.ipynb #c53a0019
 class AdaptiveWeights(nn.Module):
     "Task weights from the recent course of the losses."
     total: Tensor; steps: Tensor; window_sum: Tensor; last: Tensor; before: Tensor
@@ -162,7 +162,7 @@ class AdaptiveWeights(nn.Module):
         self.last.copy_(torch.where(full, self.window_sum / self.window, self.last))
         self.window_sum.mul_(~full)
 
-# %% ../../nbs/pretrain/53_scage.ipynb #c53a0022
+# %% ../../nbs/pretrain/53_scage.ipynb #c53a0023
 class PairHead(nn.Module):
     "States of two atoms (and of one between) → logits, the same for both orders."
     def __init__(self, width: int, out: int, middle: bool = False):
@@ -172,7 +172,7 @@ class PairHead(nn.Module):
     def forward(self, a: Tensor, b: Tensor, *middle: Tensor) -> Tensor:  # [M, d] each -> [M, out]
         return self.guess(self.join(torch.cat([a + b, (a - b).abs(), *middle], -1)))
 
-# %% ../../nbs/pretrain/53_scage.ipynb #c53a0023
+# %% ../../nbs/pretrain/53_scage.ipynb #c53a0024
 def random_partners(
     graph: Tensor,   # [N], record of each atom
     counts: Tensor,  # [B]
@@ -185,7 +185,7 @@ def random_partners(
     place = (uniform((len(atom),), generator, graph.device) * counts[record]).long().clamp(max=counts[record] - 1)
     return atom, (counts.cumsum(0) - counts)[record] + place
 
-# %% ../../nbs/pretrain/53_scage.ipynb #c53a0026
+# %% ../../nbs/pretrain/53_scage.ipynb #c53a0027
 TASKS = ("fingerprint", "group", "path", "angle")
 Scored = tuple[Tensor, Tensor]  # loss, share guessed right
 
@@ -201,7 +201,7 @@ def group_loss(head: nn.Module, states: Tensor, batch: Batch) -> Scored:
 
 def classes_loss(logits: Tensor, target: Tensor) -> Scored: return mean_loss(focal_loss(logits, target)), fraction_true(logits.argmax(-1) == target)
 
-# %% ../../nbs/pretrain/53_scage.ipynb #c53a0027
+# %% ../../nbs/pretrain/53_scage.ipynb #c53a0028
 def path_loss(head: nn.Module, states: Tensor, batch: Batch, pairs: int, bins: int, generator: torch.Generator | None = None) -> Scored:
     "Bonds between random pairs of atoms, `pairs` partners for each."
     graph, counts = batch["graph"], batch["counts"]
@@ -215,7 +215,7 @@ def angle_loss(head: nn.Module, states: Tensor, batch: Batch, bins: int) -> Scor
     target = angle_classes(bond_angles(batch["positions"], batch["bends"]), bins)
     return classes_loss(head(states[a], states[b], states[middle]), target)
 
-# %% ../../nbs/pretrain/53_scage.ipynb #c53a0029
+# %% ../../nbs/pretrain/53_scage.ipynb #c53a0030
 @objectives.register("scage")
 class Scage(ObjectiveModule):
     "Fingerprint, functional groups, paths and bond angles, with weights that adapt (Qiao et al. 2025)."
@@ -255,7 +255,7 @@ class Scage(ObjectiveModule):
         parts = {f"{t}_{what}": v.detach() for t, (a, b) in found.items() for what, v in (("loss", a), ("right", b))}
         return {"loss": loss, **parts, **{f"{t}_weight": w.detach() for t, w in zip(found, weights, strict=True)}}
 
-# %% ../../nbs/pretrain/53_scage.ipynb #c53a0033
+# %% ../../nbs/pretrain/53_scage.ipynb #c53a0034
 def without_targets(
     pretrained: Pretrained,  # that reads `molecule_conformer`
 ) -> Pretrained:
