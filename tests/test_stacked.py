@@ -115,7 +115,7 @@ def test_same_seed_same_model_and_the_order_of_calls_does_not_matter(table):
 
 def test_folder_gives_the_same_bits(model, table, tmp_path):
     model.save_pretrained(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.safetensors", "stacked.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["encoder", "model.safetensors", "stacked.json"]
     back = Stacked.load(tmp_path)
     assert back.predict(table)[0].equals(model.predict(table)[0], null_equal=True) and back.spec == model.spec
     assert [t.about for t in back.targets] == [t.about for t in model.targets]
