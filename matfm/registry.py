@@ -56,7 +56,10 @@ class Registry(NameTable):
         if not re.fullmatch(r"[a-z][a-z0-9_]*", name): raise BadInput(f"{self.kind} name {name!r} must be lower-case letters, digits and _")
         def wrap(cls: Any) -> Any:
             taken = self._here.get(name)
-            if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
+            if taken is not None and taken.__qualname__ == cls.__qualname__ and "__main__" in (taken.__module__, cls.__module__):
+                cls.registry_name = name  # a page that runs as a notebook: its own class stays the one in use
+                if taken.__module__ == "__main__": return cls
+            elif taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
                 raise BadInput(f"the {self.kind} {name!r} is already {taken.__module__}.{taken.__qualname__}")
             cls.registry_name = name
             self._here[name] = cls
