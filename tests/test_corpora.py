@@ -143,6 +143,18 @@ def test_killed_and_continued_gives_identical_bytes(tmp_path):
     assert all(p.stat().st_mtime_ns == t for p, t in before.items()), "finished shards are not written again"
 
 
+def test_what_a_killed_writer_left_is_removed_before_the_index_is_written(tmp_path):
+    def rows():
+        for i, x in enumerate(SMILES[:20]):
+            if i == 15: (tmp_path / "a" / ".shard-000000.xyz.part").mkdir()
+            yield x
+    class Source:
+        def __iter__(self): return rows()
+    write_corpus(tmp_path / "a", TOKENS, Source(), rows_per_shard=5)
+    write_corpus(tmp_path / "b", TOKENS, SMILES[:20], rows_per_shard=5)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b") and not list((tmp_path / "a").glob(".*"))
+
+
 def test_a_killed_dask_worker_changes_nothing(tmp_path):
     def rows(client):
         for i, s in enumerate(SMILES):

@@ -1,21 +1,24 @@
-"""Every library page and tutorial runs from top to bottom as in Jupyter; cells flagged slow, cuda or eval: false are left out."""
-import re
+"""Every library page and tutorial runs from top to bottom; cells flagged slow, cuda or eval: false are left out."""
 from pathlib import Path
 
-import nbformat
 import pytest
-from nbclient import NotebookClient
+from pages import cells_of, run_page
 
 NBS = Path(__file__).parent.parent / "nbs"
 PAGES = sorted(p.relative_to(NBS).as_posix() for p in NBS.rglob("*.ipynb") if not {".ipynb_checkpoints", "_proc", "experiments"} & set(p.parts))
-LEFT_OUT = re.compile(r"^#\|\s*(eval:\s*false|slow\b|cuda\b)", re.M)
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_page_runs(page):
-    path = NBS / page
-    notebook = nbformat.read(path, 4)
-    notebook.cells = [c for c in notebook.cells if c.cell_type == "code" and not LEFT_OUT.search(c.source)]
-    if not notebook.cells:
-        pytest.skip("prose only")
-    NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
+    if not cells_of(NBS / page): pytest.skip("prose only")
+    run_page(NBS / page)
+
+
+def test_a_page_that_fails_is_told(tmp_path):
+    import nbformat.v4 as v4
+    nb = v4.new_notebook(cells=[v4.new_code_cell("a = 1"), v4.new_code_cell("#| slow\nraise SystemError"), v4.new_code_cell("assert a == 2, 'told'")])
+    (tmp_path / "page.ipynb").write_text(v4.writes(nb))
+    with pytest.raises(AssertionError, match="told"): run_page(tmp_path / "page.ipynb")
+    nb.cells[-1].source = "import os; os._exit(3)"
+    (tmp_path / "page.ipynb").write_text(v4.writes(nb))
+    with pytest.raises(AssertionError, match="ended with 3"): run_page(tmp_path / "page.ipynb")

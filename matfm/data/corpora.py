@@ -259,6 +259,10 @@ def local_dask(
         yield stack.enter_context(Client(stack.enter_context(cluster)))
 
 # %% ../../nbs/data/16_corpora.ipynb #2be8ed58
+def _sweep(folder: Path) -> None:
+    "Remove what killed writers left."
+    for part in folder.glob(".*.part"): shutil.rmtree(part, ignore_errors=True)
+
 def _begin(folder: Path, header: dict[str, Any]) -> None:
     "Make the folder, or check that it belongs to the same corpus; remove what killed writers left."
     folder.mkdir(parents=True, exist_ok=True)
@@ -270,7 +274,7 @@ def _begin(folder: Path, header: dict[str, Any]) -> None:
     elif any(folder.iterdir()): raise BadInput(f"{folder} is not empty and holds no corpus")
     else:
         with atomic_write(file) as p: p.write_text(canonical_json(header), encoding="utf-8")
-    for part in folder.glob(".*.part"): shutil.rmtree(part, ignore_errors=True)
+    _sweep(folder)
 
 # %% ../../nbs/data/16_corpora.ipynb #de57e0b2
 def _finish(folder: Path, header: dict[str, Any], counts: Sequence[int]) -> None:
@@ -280,6 +284,7 @@ def _finish(folder: Path, header: dict[str, Any], counts: Sequence[int]) -> None
         facts = read_facts(folder / shard_name(k))
         if facts["rows"] != n: raise ChecksumMismatch(f"{folder / shard_name(k)} was made from {facts['rows']} rows, there are {n}: delete it and call write_corpus again")
         shards.append({k: facts[k] for k in ("shard", "start", "rows", "items")} | {"sha256": sha256_file(folder / shard_name(k) / "shard.json")})
+    _sweep(folder)
     with atomic_write(folder / "corpus.json") as p: p.write_text(canonical_json({**header, "shards": shards}), encoding="utf-8")
 
 # %% ../../nbs/data/16_corpora.ipynb #a1ac9a67
