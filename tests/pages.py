@@ -1,4 +1,5 @@
 """Runs a notebook's cells in a process that is forked from one with the large libraries already imported: each page has its own interpreter and state, and no page pays for importing torch again."""
+import atexit
 import multiprocessing
 import os
 import re
@@ -27,8 +28,8 @@ def run_cells(path: Path, timeout: float, said) -> None:
             out = shell.run(source, timeout=timeout)
             if shell.exc is not None: return said.send((source, "".join(traceback.format_exception(shell.exc))[-6000:], str(out)[-2000:]))
         said.send(None)
-    except BaseException as e:
-        said.send(("", "".join(traceback.format_exception(e)), ""))
+    except BaseException as e: said.send(("", "".join(traceback.format_exception(e)), ""))
+    finally: atexit._run_exitfuncs()  # worker processes that a page started end with it, as with a kernel
 
 
 def run_page(path: Path, timeout: float = 300) -> None:
