@@ -3,6 +3,7 @@ import json
 import re
 
 import pytest
+from warm_kernel import warm_kernels
 
 from matfm.run.runner import experiments, run
 
@@ -45,8 +46,13 @@ def pictures(name):
     return sum("image/png" in o.get("data", {}) for c in cells for o in c.get("outputs", []))
 
 
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory):
+    with warm_kernels(tmp_path_factory.mktemp("warm")): yield
+
+
 @pytest.mark.parametrize("name", sorted(SMOKE))
-def test_experiment_runs_at_smoke_size(name, tmp_path, monkeypatch):
+def test_experiment_runs_at_smoke_size(name, tmp_path, monkeypatch, warm):
     monkeypatch.setenv("MATFM_RUN_STORE", str(tmp_path))
     monkeypatch.setenv("MATFM_TRAIN_THREADS", "1")
     result = run(name, SMOKE[name], progress=False)
