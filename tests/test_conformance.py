@@ -11,7 +11,7 @@ import pytest
 
 from matfm import testing
 from matfm.core import MissingExtra
-from matfm.data.records import Crystal, Mixture, Records, compositions, crystals, from_values, molecules
+from matfm.data.records import Crystal, Mixture, Records, compositions, crystals, from_values, molecules, parse_formula
 from matfm.registry import registries
 
 ROOT = Path(__file__).parent.parent
@@ -67,6 +67,11 @@ def renumbered(smiles: str) -> str:
     return Chem.MolToSmiles(mol, canonical=False)
 
 
+def rewritten(formula: str) -> str:
+    "The same composition: elements in reverse order, amounts doubled."
+    return "".join(f"{s}{2 * n:g}" for s, n in reversed(parse_formula(formula).items()))
+
+
 # ---- the table: one case for every registered name -------------------------------------------------------------------
 
 REPRESENTATIONS: dict[str, Callable[[Any], Any]] = {
@@ -76,9 +81,12 @@ REPRESENTATIONS: dict[str, Callable[[Any], Any]] = {
     "selfies": lambda cls: cls.default(),
     "molecule_graph": lambda cls: cls(),
     "crystal_graph": lambda cls: cls(cutoff=4.5),
+    "crystal_pairs": lambda cls: cls(sites=16),
+    "crystal_potentials": lambda cls: cls(cutoff=4.5),
     "ecfp": lambda cls: cls(bits=64),
     "rdkit_descriptors": lambda cls: cls(),
     "composition_stats": lambda cls: cls(),
+    "composition": lambda cls: cls(),
     "fingerprint": lambda cls: cls(bits=64),
     "concat": lambda cls: cls(),
     "topological_indices": lambda cls: cls(),
@@ -99,6 +107,9 @@ ENCODERS: dict[str, tuple[dict[str, Any], Callable[[Any], Any] | None]] = {  # c
     "graph_transformer": (dict(width=24, depth=2, heads=2), renumbered),
     "conformer_transformer": (dict(width=24, depth=2, heads=2), None),  # a renumbered SMILES gets another conformer
     "crystal_gnn": (dict(width=24, depth=2, basis=16), testing.reordered),
+    "composition_transformer": (dict(width=24, depth=2, heads=2), rewritten),
+    "sitenet": (dict(width=24, depth=2, heads=2, pair=12, basis=24), testing.reordered),
+    "potnet": (dict(width=24, depth=2, basis=16, sums=12), testing.reordered),
     "fusion": (dict(parts={n: dict(name="molecule_gnn", width=24, depth=2) for n in ("a", "b")}), renumbered),
 }
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
@@ -107,6 +118,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("molecule_gnn", dict(width=24, depth=2, readout=16)),
     ("transformer_decoder", dict(feed_forward="swiglu", norm="rms")),
     ("molecule_gnn", dict(pool="sum")),
+    ("composition_transformer", dict(pooling="weighted")),
     ("conformer_transformer", dict(scales=())),
     ("fusion", dict(how="gate", width=16)),
 ]

@@ -89,7 +89,7 @@ class Labelled:
     def element_counts(self) -> np.ndarray | None:
         "Atoms of each element, [n, 119]; None unless these are crystals."
         if "numbers" not in self.items[0]: return None
-        return np.stack([np.bincount(i["numbers"], minlength=MAX_NUMBER + 1) for i in self.items])
+        return np.stack([np.bincount(i["numbers"], i.get("amounts"), minlength=MAX_NUMBER + 1) for i in self.items])
 
     def take(self, rows: np.ndarray) -> Labelled: return Labelled(self.representation, [self.items[i] for i in rows], self.y[rows], self.rejected)
 
@@ -144,6 +144,7 @@ class Vectors:
         batch: Batch = {"embedding": torch.from_numpy(np.stack([i["embedding"] for i in items]))}
         if "numbers" not in items[0]: return batch
         counts = torch.tensor([len(i["numbers"]) for i in items])
+        if "amounts" in items[0]: batch["amounts"] = torch.from_numpy(np.concatenate([i["amounts"] for i in items])).float()
         return {**batch, "numbers": torch.from_numpy(np.concatenate([i["numbers"] for i in items])).long(), "counts": counts,
                 "graph": torch.arange(len(items)).repeat_interleave(counts)}
 
@@ -183,7 +184,7 @@ def as_vectors(
     key = id(pretrained.encoder)
     if key not in data.embedded:
         vectors = embed_items(pretrained, data.items)
-        data.embedded[key] = [{"embedding": v, **({"numbers": i["numbers"]} if "numbers" in i else {})} for v, i in zip(vectors, data.items, strict=True)]
+        data.embedded[key] = [{"embedding": v, **{k: i[k] for k in ("numbers", "amounts") if k in i}} for v, i in zip(vectors, data.items, strict=True)]
     return Labelled(Vectors(), data.embedded[key], data.y, data.rejected)
 
 # %% ../../nbs/adapt/60_finetune.ipynb #87026890

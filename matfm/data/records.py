@@ -19,6 +19,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Self
 
@@ -132,7 +133,7 @@ def reduced_formula(
     "Electronegativity order, whole-number amounts divided by their greatest common divisor."
     whole = all(abs(n - round(n)) < 1e-6 and n >= 0.5 for n in amounts.values())
     d = math.gcd(*(round(n) for n in amounts.values())) if whole else 1
-    return "".join(s + ("" if n == d else str(round(n) // d) if whole else f"{n:.6g}")
+    return "".join(s + ("" if n == d else str(round(n) // d) if whole else format(Decimal(f"{n:.6g}"), "f"))
                    for s, n in sorted(amounts.items(), key=lambda p: _rank()[p[0]]))
 
 def formula_html(

@@ -91,6 +91,7 @@ def element_counts(batch: Batch) -> Tensor:  # [B, 119]
     "Atoms of each element in every record of a crystal batch."
     if "numbers" not in batch: raise BadInput("reference='elements' needs a batch with atomic numbers (crystals); this one has none")
     one_hot = F.one_hot(batch["numbers"], MAX_NUMBER + 1).float()
+    if "amounts" in batch: one_hot = one_hot * batch["amounts"][:, None]
     return scatter_sum(one_hot, batch["graph"], len(batch["counts"]))
 
 # %% ../../nbs/models/38_heads.ipynb #badafd6d

@@ -105,7 +105,7 @@ def foreign(
 class ElementShuffling(ObjectiveModule):
     "Which sites were moved, and which element belongs there. `foreign=True` is the control with elements from outside."
     reads = ("numbers", "graph", "counts")
-    suits = ("crystal_graph",)
+    suits = ("crystal_graph", "crystal_pairs", "crystal_potentials", "composition")
     frequencies: Tensor
 
     def __init__(
@@ -161,7 +161,7 @@ def displaced(
 class CoordinateDenoising(ObjectiveModule):
     "Guess the displacement of every atom from a crystal with noisy coordinates."
     reads = ("graph", "counts", "edge_index", "vector", "distance")
-    suits = ("crystal_graph",)
+    suits = ("crystal_graph", "crystal_pairs")
 
     def __init__(
         self,
