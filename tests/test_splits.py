@@ -96,6 +96,48 @@ def test_esol_scaffold_split(mirror):
     assert leakage(s, esol)["scaffold_test"] == 0 < leakage(random_split(esol), esol)["scaffold_test"]
 
 
+def first_order(groups, fractions, seed):
+    "Parts of the groups in one random order, written down independently."
+    members, n, done, parts = {}, len(groups), 0, ([], [], [])
+    for i, g in enumerate(groups): members.setdefault(g, []).append(i)
+    members = list(members.values())
+    for k in np.random.default_rng(seed).permutation(len(members)):
+        middle = done + len(members[k]) / 2
+        parts[0 if middle <= fractions[0] * n else 1 if middle <= (fractions[0] + fractions[1]) * n else 2].extend(members[k])
+        done += len(members[k])
+    return tuple(tuple(sorted(p)) for p in parts)
+
+
+def off(parts, fractions):
+    "By what factor the part that is furthest from its due misses it."
+    due = [f * sum(map(len, parts)) for f in fractions]
+    return max((max(len(p), d) / min(len(p), d) if p else np.inf) for p, d in zip(parts, due, strict=True) if d)
+
+
+@QUICK
+@given(st.lists(st.integers(0, 30) | st.just(0), min_size=20, max_size=90), st.integers(0, 1000))
+def test_only_an_order_that_starves_a_part_is_drawn_again(groups, seed):
+    fractions = (.6, .2, .2)
+    s, first = group_split(groups, fractions, seed), first_order(groups, fractions, seed)
+    assert (s.train, s.valid, s.test) == first or off(first, fractions) > 2
+    assert off((s.train, s.valid, s.test), fractions) <= off(first, fractions) + 1e-9
+
+
+@pytest.mark.parametrize("name", ["bace", "bbbp", "clintox", "esol", "freesolv", "lipophilicity", "qm7", "sider", "tox21"])
+@pytest.mark.filterwarnings("ignore:.*set aside")
+def test_seeded_scaffold_splits_give_each_part_its_due(name, mirror):
+    from matfm.data.sources import load
+    r = load(name, limit=None if name == "freesolv" else 250)
+    scaffolds = [murcko_scaffold(x) for x in r.structures()]
+    splits = [group_split(scaffolds, seed=k) for k in range(30)]
+    assert scaffold_split(r, seed=2).replace(records="", name="", method="group") == splits[2]
+    for s in splits:
+        proper(s, len(r))
+        apart(s, scaffolds)
+        assert off((s.train, s.valid, s.test), (.8, .1, .1)) <= 2, s
+    assert len({s.test for s in splits}) == 30, "seeds differ"
+
+
 def rocksalt(a, cells=1, cation=11):
     base = Crystal(np.array([[0, a, a], [a, 0, a], [a, a, 0]]) / 2, np.array([cation, 17]), np.array([[0, 0, 0], [.5, .5, .5]]))
     if cells == 1: return base

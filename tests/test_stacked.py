@@ -121,6 +121,35 @@ def test_folder_gives_the_same_bits(model, table, tmp_path):
     assert [t.about for t in back.targets] == [t.about for t in model.targets]
 
 
+def test_the_light_model_predicts_alone_what_it_was_asked_for(table, tmp_path):
+    spec = stacked.LIGHT.replace(folds=2)
+    light = fit_stacked(table.take(np.arange(80)), spec)
+    assert [list(t.members) for t in light.targets] == [["circular"]] * 3 and light.descriptors is None and light.encoder is None and light.uses == {"prints"}
+    held = table.take(np.arange(80, len(table)))
+    p = light.predict(held)[0]
+    y = held.y("logp")[:, 0]
+    assert rmse(y, p["logp"].to_numpy()) < 0.8 * y.std() and coverage(y, p["logp_lower"], p["logp_upper"]) > 0.7
+    light.save_pretrained(tmp_path)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["model.safetensors", "stacked.json"] and Stacked.load(tmp_path).predict(held)[0].equals(p)
+    assert len(light.predict(table.take(np.arange(0)))[0]) == 0 and list(light.task.names) == ["logp", "greasy", "sparse"]
+
+
+def test_features_that_nothing_depends_on_are_not_calculated(model, table):
+    "The answers are those of all features and all members."
+    t = model.targets[0]
+    kernel = t.members["kernel"]
+    plain = replace(t, members={"kernel": replace(kernel, spec=kernel.spec.replace(share=1.0, learnt=0.0)), "boosting": t.members["boosting"]}, weights=np.array([1.0, 0.0]), spread=t.spread.replace(apart=0.0))
+    lean = replace(model, targets=[plain])
+    assert lean.uses == {"prints"} and list(plain.active) == ["kernel"] and model.uses >= {"descriptors"}
+    F, kept, _ = stacked.features_of(table, model.descriptors, model.encoder)
+    similar = stacked.print_similarity(F, model.train)
+    scores = np.column_stack([m.scores(F, similar, model.train) for m in plain.members.values()])
+    wanted = plain.predict(scores, stacked.nearest(F, model.train))
+    made = lean.predict(table)[0]
+    for name, values in wanted.items(): np.testing.assert_allclose(made[name], values, rtol=1e-9)
+    assert replace(plain, spread=t.spread.replace(apart=0.5)).active == plain.members, "disagreement needs everyone"
+
+
 def test_damaged_folders_are_refused(model, tmp_path):
     model.save_pretrained(tmp_path)
     text = (tmp_path / "stacked.json").read_text()
@@ -176,7 +205,9 @@ def test_unary_bits_are_the_minimum_of_counts():
         a, b = ({int(c): int(n) for c, n in zip(codes, rng.integers(0, 8, 30), strict=True) if n} for _ in range(2))
         both = sum(min(a.get(c, 0), b.get(c, 0)) for c in set(a) | set(b))
         either = sum(max(a.get(c, 0), b.get(c, 0)) for c in set(a) | set(b))
-        assert tanimoto(*(stacked.bit_matrix([stacked.unary_bits(v)]) for v in (a, b)))[0, 0] == pytest.approx(both / either)
+        A, B = stacked.unary_bits([a]), stacked.unary_bits([b])
+        assert tanimoto(A, B)[0, 0] == pytest.approx(both / either)
+        assert np.array_equal(stacked.Overlap(stacked.unary_bits([b, a, {}]))(A), tanimoto(A, stacked.unary_bits([b, a, {}])))
 
 
 # ---- the baseline ----------------------------------------------------------------------------------------------------

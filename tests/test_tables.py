@@ -239,6 +239,24 @@ def test_a_table_is_fitted_in_the_time_and_tested(tmp_path):
     with pytest.raises(BadInput, match="holds a stacked predictor"): load_predictor(tmp_path / "m")
 
 
+def test_a_light_model_is_fitted_by_its_name_and_predicts_without_torch(tmp_path):
+    import subprocess
+    import sys
+
+    from typer.testing import CliRunner
+
+    from matfm.app.cli import app
+    (tmp_path / "t.csv").write_text("smiles,length\n" + "".join(f"{s},{len(s)}\n" for s in CHAINS))
+    ask = ["finetune", str(tmp_path / "t.csv"), "--target", "length", "--out", str(tmp_path / "m"), "--split", "random", "--model", "light"]
+    done = CliRunner().invoke(app, ask)
+    assert done.exit_code == 0 and "circular" in done.output, done.output
+    assert "one kernel on circular fingerprints" in FactSheet.load(tmp_path / "m").summary
+    refused = CliRunner().invoke(app, [*ask, "--epochs", "3"])
+    assert refused.exit_code == 2 and "--epochs belongs to networks" in refused.output
+    code = f"import sys; from matfm.app.bulk import open_answers; cells, why = open_answers({str(tmp_path / 'm')!r})(['OCC', 'C1CC']); assert cells[0][0] and not cells[1][0] and list(why) == [1]; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
+
+
 def test_shared_descriptors_are_those_of_rdkit():
     from rdkit import rdBase
 

@@ -51,11 +51,12 @@ def serve(address: str) -> None:
     from pages import PRELOADED
     for name in {*PRELOADED, "ipykernel.kernelapp", "ipykernel.ipkernel"} - {"matplotlib_inline.backend_inline"}: importlib.import_module(name)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    parent = os.getppid()
     with socket.socket(socket.AF_UNIX) as s:
         s.bind(address + ".new")
         s.listen()
         os.rename(address + ".new", address)
-        while os.getppid() != 1:
+        while os.getppid() == parent:
             if not select.select([s], [], [], 1)[0]: continue
             connection = s.accept()[0]
             if not os.fork():

@@ -11,8 +11,8 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from itertools import islice
+from functools import cache, cached_property
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,24 +33,25 @@ if TYPE_CHECKING:
     from matfm.models.zoo import Pretrained
 
 # %% auto #0
-__all__ = ['MEMBERS', 'SHIPPED', 'PRINTS', 'LEVELS', 'SLOTS', 'SLOW', 'SHARES', 'LEARNT', 'LENGTHS', 'NOISES', 'FOLDED',
-           'MIN_ROWS', 'StackedSpec', 'unary_bits', 'bit_matrix', 'quick_descriptors', 'Features', 'encoder_of',
-           'embeddings', 'features_of', 'Scaler', 'KernelSpec', 'print_similarity', 'loo_predictions', 'choose_kernel',
-           'KernelMember', 'solve_kernel', 'fit_kernel', 'tree_columns', 'Trees', 'flat_trees', 'joined_trees', 'grow',
-           'BoostingMember', 'fit_boosting', 'squared_error', 'logit_loss', 'blend', 'Scale', 'choose_scale', 'Spread',
-           'Target', 'fit_members', 'contributions', 'usable_folds', 'nearest', 'fit_target', 'Stacked',
-           'predict_batch', 'stream_predictions', 'said', 'stacked_html', 'kinds_of', 'fit_stacked', 'save_stacked',
-           'read_stacked', 'load_stacked']
+__all__ = ['MEMBERS', 'PRINTS', 'SHIPPED', 'LIGHT', 'LEVELS', 'SLOTS', 'SLOW', 'SHARES', 'LEARNT', 'LENGTHS', 'NOISES', 'FOLDED',
+           'MIN_ROWS', 'StackedSpec', 'bit_matrix', 'unary_bits', 'Overlap', 'quick_descriptors', 'Features',
+           'encoder_of', 'embeddings', 'features_of', 'Scaler', 'KernelSpec', 'print_similarity', 'mean_similarity',
+           'loo_predictions', 'choose_kernel', 'KernelMember', 'solve_kernel', 'fit_kernel', 'tree_columns', 'Trees',
+           'flat_trees', 'joined_trees', 'grow', 'BoostingMember', 'fit_boosting', 'squared_error', 'logit_loss',
+           'blend', 'Scale', 'choose_scale', 'Spread', 'Target', 'fit_members', 'contributions', 'usable_folds',
+           'nearest', 'fit_target', 'Stacked', 'predict_batch', 'stream_predictions', 'said', 'stacked_html',
+           'kinds_of', 'fit_stacked', 'save_stacked', 'read_stacked', 'load_stacked']
 
 # %% ../../nbs/adapt/68_stacked.ipynb #st000005
-MEMBERS = ("kernel", "boosting")
+MEMBERS = ("kernel", "boosting", "circular")
+PRINTS = ("ecfp", "fcfp", "atom_pair", "topological_torsion")
 SHIPPED = "matfm-graph-small"
 
 # %% ../../nbs/adapt/68_stacked.ipynb #st000006
 @dataclass(frozen=True)
 class StackedSpec(Spec):
     "How to fit. The defaults are meant for 50 to 10,000 molecules."
-    members: tuple[str, ...] = MEMBERS  # in order of benefit per second
+    members: tuple[str, ...] = MEMBERS[:2]  # in order of benefit per second
     folds: int = 5               # every molecule is predicted by models that saw the other folds
     budget: float | None = None  # seconds; None: no limit
     level: float = 0.9           # share of truths that an interval is to hold
@@ -62,41 +63,70 @@ class StackedSpec(Spec):
         if not self.members: raise BadInput("name at least one member")
         for name in self.members: pick(name, MEMBERS, "member")
         if len(set(self.members)) < len(self.members): raise BadInput(f"a member is named twice: {', '.join(self.members)}")
+        if "circular" in self.members and len(self.members) > 1: raise BadInput("circular is for a model that looks at nothing else: name it alone")
         if self.folds < 2: raise BadInput(f"folds must be ≥ 2, got {self.folds}")
         if self.budget is not None and not self.budget > 0: raise BadInput(f"budget must be > 0 s, got {self.budget}")
         if not 0 < self.level < 1: raise BadInput(f"level must lie between 0 and 1, got {self.level}")
         if self.kernel_rows < 50: raise BadInput(f"kernel_rows must be ≥ 50, got {self.kernel_rows}")
         if self.seed < 0: raise BadInput(f"seed must be ≥ 0, got {self.seed}")
 
+    @property
+    def light(self) -> bool: return self.members == ("circular",)
+    @property
+    def prints(self) -> tuple[str, ...]: return PRINTS[:2] if self.light else PRINTS
+
+LIGHT = StackedSpec(members=("circular",))
+
+
 # %% ../../nbs/adapt/68_stacked.ipynb #st000009
-PRINTS = ("ecfp", "fcfp", "atom_pair", "topological_torsion")
 LEVELS, SLOTS = 8, 2**16  # occurrences that are told apart; slots for patterns
 
 @cache
-def _generators() -> tuple[Any, ...]:
+def _generator(name: str) -> Any:
     from rdkit.Chem import rdFingerprintGenerator as g
-    features = g.GetMorganFeatureAtomInvGen()
-    return g.GetMorganGenerator(radius=2), g.GetMorganGenerator(radius=2, atomInvariantsGenerator=features), g.GetAtomPairGenerator(), g.GetTopologicalTorsionGenerator()
+    if name == "fcfp": return g.GetMorganGenerator(radius=2, atomInvariantsGenerator=g.GetMorganFeatureAtomInvGen())
+    return g.GetMorganGenerator(radius=2) if name == "ecfp" else g.GetAtomPairGenerator() if name == "atom_pair" else g.GetTopologicalTorsionGenerator()
 
 # %% ../../nbs/adapt/68_stacked.ipynb #st000010
-def unary_bits(
-    counts: Mapping[int, int],  # of one molecule: how often each pattern occurs
-) -> np.ndarray:                # [k] int32, numbers of the bits that are set, sorted
-    "Counts with one bit for each occurrence."
-    codes, n = np.array(list(counts), np.uint64), np.minimum(np.array(list(counts.values()), np.int64), LEVELS)
-    slots = ((codes * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(48)).astype(np.int64)
-    level = np.arange(n.sum()) - np.repeat(np.cumsum(n) - n, n)
-    return np.unique(np.repeat(slots, n) * LEVELS + level).astype(np.int32)
-
-# %% ../../nbs/adapt/68_stacked.ipynb #st000011
 def bit_matrix(
-    rows: Sequence[np.ndarray],  # `unary_bits` of each molecule
-) -> Any:                        # scipy sparse matrix [n, SLOTS × LEVELS] float32
+    columns: np.ndarray,  # [k], the bits that are set, molecule after molecule
+    ends: np.ndarray,     # [n + 1], where each molecule's bits begin and end
+) -> Any:                 # scipy sparse matrix [n, SLOTS × LEVELS] float32
     "Molecules' bits as a matrix."
     from scipy.sparse import csr_matrix
-    ends = np.concatenate([[0], np.cumsum([len(r) for r in rows], dtype=np.int64)])
-    columns = np.concatenate([*rows, np.zeros(0, np.int32)])
-    return csr_matrix((np.ones(len(columns), np.float32), columns, ends), shape=(len(rows), SLOTS * LEVELS))
+    return csr_matrix((np.ones(len(columns), np.float32), columns, ends), shape=(len(ends) - 1, SLOTS * LEVELS))
+
+
+# %% ../../nbs/adapt/68_stacked.ipynb #st000011
+def unary_bits(
+    counts: Sequence[Mapping[int, int]],  # of each molecule: how often each pattern occurs
+) -> Any:                                 # scipy sparse matrix [n, SLOTS × LEVELS] float32
+    "Counts with one bit for each occurrence; all molecules at once."
+    patterns = np.array([len(c) for c in counts], np.int64)
+    codes = np.fromiter(chain.from_iterable(counts), np.uint64, int(patterns.sum()))
+    n = np.minimum(np.fromiter(chain.from_iterable(c.values() for c in counts), np.int64, len(codes)), LEVELS)
+    first = np.repeat(np.arange(len(counts)), patterns) * SLOTS + ((codes * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(48)).astype(np.int64)
+    level = np.arange(n.sum()) - np.repeat(np.cumsum(n) - n, n)
+    bits = np.unique(np.repeat(first, n) * LEVELS + level)
+    ends = np.searchsorted(bits, np.arange(len(counts) + 1) * (SLOTS * LEVELS))
+    return bit_matrix((bits % (SLOTS * LEVELS)).astype(np.int32), ends)
+
+
+# %% ../../nbs/adapt/68_stacked.ipynb #st200002
+class Overlap:
+    "Tanimoto similarities to molecules that stay the same, e.g. the training molecules."
+    def __init__(self, bits: Any, common: float = 0.03):  # sparse [N, SLOTS × LEVELS]; share of molecules from which on a bit is common
+        seen = np.bincount(bits.indices, minlength=bits.shape[1])
+        self.common, self.rare = (np.flatnonzero(chosen) for chosen in (seen > common * bits.shape[0], (seen > 0) & (seen <= common * bits.shape[0])))
+        self.dense, self.sparse = np.ascontiguousarray(bits[:, self.common].toarray().T), bits[:, self.rare].T.tocsr()
+        self.size = bits.getnnz(axis=1).astype(np.float32)
+
+    def __call__(self, bits: Any) -> np.ndarray:  # [n, SLOTS × LEVELS] -> [n, N] float32
+        both = (bits[:, self.rare] @ self.sparse).toarray()
+        both += bits[:, self.common].toarray() @ self.dense
+        either = bits.getnnz(axis=1).astype(np.float32)[:, None] + self.size - both
+        return np.where(either > 0, both / np.maximum(either, 1), np.float32(1))
+
 
 # %% ../../nbs/adapt/68_stacked.ipynb #st000014
 SLOW = ("BCUT2D", "qed", "SPS")
@@ -106,19 +136,25 @@ def quick_descriptors() -> MoleculeDescriptors:
     "RDKit's descriptors without the slow ones."
     return MoleculeDescriptors(tuple(n for n in MoleculeDescriptors.everything().use if not n.startswith(SLOW)))
 
+
+# %% ../../nbs/adapt/68_stacked.ipynb #st200004
 @dataclass(eq=False)
 class Features:
     "Molecules as the members see them."
-    prints: tuple[Any, ...]  # of each of `PRINTS` the bits, sparse [n, SLOTS × LEVELS]
-    descriptors: np.ndarray  # [n, D] float32
+    prints: tuple[Any, ...]  # of each fingerprint the bits, sparse [n, SLOTS × LEVELS]
+    descriptors: np.ndarray  # [n, D] float32; D = 0 without descriptors
     embedding: np.ndarray    # [n, d] float32; d = 0 without an encoder
 
     def __len__(self) -> int: return len(self.descriptors)
     def take(self, rows: np.ndarray) -> Features: return Features(tuple(p[rows] for p in self.prints), self.descriptors[rows], self.embedding[rows])
     @property
     def dense(self) -> tuple[np.ndarray, ...]:
-        "Descriptors, and the embedding if there is one."
-        return (self.descriptors, self.embedding) if self.embedding.shape[1] else (self.descriptors,)
+        "Descriptors and the embedding, as far as there are any."
+        return tuple(X for X in (self.descriptors, self.embedding) if X.shape[1])
+
+    @cached_property
+    def overlaps(self) -> tuple[Overlap, ...]: return tuple(Overlap(p) for p in self.prints)
+
 
 # %% ../../nbs/adapt/68_stacked.ipynb #st100002
 def encoder_of(
@@ -149,23 +185,30 @@ def embeddings(
 # %% ../../nbs/adapt/68_stacked.ipynb #st000016
 def features_of(
     records: Records,
-    descriptors: MoleculeDescriptors,
+    descriptors: MoleculeDescriptors | None,
     encoder: Pretrained | None = None,
+    prints: Sequence[str] = PRINTS,
 ) -> tuple[Features, np.ndarray, Rejected]:
     "Features of the molecules that can be read, their row numbers [n], and the others."
+    from rdkit import rdBase
+    from rdkit.Chem import MolFromSmiles
     pick(records.domain, ["molecule"], "kind of record for a stacked predictor")
     mols, items, kept, bad = [], [], [], []
-    for i, (key, smiles) in enumerate(zip(records.ids, records.structures(), strict=True)):
-        try: mol, item = read_molecule(smiles), None if encoder is None else encoder.representation(smiles)
-        except BadInput as e: bad.append((key, i, smiles, str(e)))
-        else:
-            mols.append(mol)
-            items.append(item)
-            kept.append(i)
-    prints = tuple(bit_matrix([unary_bits(g.GetSparseCountFingerprint(mol).GetNonzeroElements()) for mol in mols]) for g in _generators())
-    values = descriptors.rows(mols) if mols else np.zeros((0, len(descriptors.names)), np.float32)
-    learnt = np.zeros((len(mols), 0), np.float32) if encoder is None else embeddings(encoder, items)
-    return Features(prints, values, learnt), np.array(kept, np.int64), Rejected(bad)
+    with rdBase.BlockLogs():  # once; `read_molecule`, which blocks and explains, has the last word on what fails
+        for i, smiles in enumerate(records.structures()):
+            try:
+                mol = MolFromSmiles(smiles) if isinstance(smiles, str) else None
+                if mol is None or mol.GetNumAtoms() == 0: mol = read_molecule(smiles)
+                if encoder is not None: items.append(encoder.representation(smiles))
+            except BadInput as e: bad.append((records.ids[i], i, smiles, str(e)))
+            else:
+                mols.append(mol)
+                kept.append(i)
+    bits = tuple(unary_bits([g.GetSparseCountFingerprint(mol).GetNonzeroElements() for mol in mols]) for g in map(_generator, prints))
+    empty = np.zeros((len(mols), 0), np.float32)
+    values = empty if descriptors is None else descriptors.rows(mols) if mols else np.zeros((0, len(descriptors.names)), np.float32)
+    return Features(bits, values, empty if encoder is None else embeddings(encoder, items)), np.array(kept, np.int64), Rejected(bad)
+
 
 # %% ../../nbs/adapt/68_stacked.ipynb #st000019
 def _damped(X: np.ndarray) -> np.ndarray: return np.sign(X) * np.log1p(np.abs(X.astype(np.float64)))
@@ -204,12 +247,18 @@ class KernelSpec(Spec):
     noise: float = 0.1   # variance of the noise as a share of the signal's
 
     def __call__(self, similar: np.ndarray, distances: Sequence[np.ndarray]) -> np.ndarray:
-        K = (1 - self.learnt) * (self.share * similar + (1 - self.share) * np.exp(-distances[0] / self.length))
+        if self.share == 1 and not self.learnt: return similar
+        K = (1 - self.learnt) * (self.share * similar + ((1 - self.share) * np.exp(-distances[0] / self.length) if self.share < 1 else 0))
         return K + self.learnt * np.exp(-distances[1] / self.length) if self.learnt else K
 
 def print_similarity(A: Features, B: Features) -> np.ndarray:
     "Mean Tanimoto similarity over the fingerprints, [n, m] float64."
-    return np.asarray(np.mean([tanimoto(a, b) for a, b in zip(A.prints, B.prints, strict=True)], axis=0, dtype=np.float64))
+    return mean_similarity([o(a) for a, o in zip(A.prints, B.overlaps, strict=True)])
+
+def mean_similarity(each: Sequence[np.ndarray]) -> np.ndarray:
+    total = each[0].astype(np.float64)
+    for one in each[1:]: total += one
+    return total / len(each)
 
 # %% ../../nbs/adapt/68_stacked.ipynb #st000024
 def loo_predictions(
@@ -235,7 +284,7 @@ def choose_kernel(
         errors = ((p - z) ** 2).mean(axis=1)
         k = int(errors.argmin())
         if errors[k] < best[0]: best = (float(errors[k]), spec.replace(noise=NOISES[k]), p[k])
-    for share in SHARES: attempt(KernelSpec(share))
+    for share in SHARES if distances else (1.0,): attempt(KernelSpec(share))
     for learnt in LEARNT if len(distances) > 1 else (): attempt(best[1].replace(learnt=learnt))
     if best[1].share < 1 or best[1].learnt:  # else there is no Gaussian
         for length in LENGTHS: attempt(best[1].replace(length=length))
@@ -250,9 +299,15 @@ class KernelMember:
     beta: np.ndarray   # [m]
     scalers: list[Scaler]
 
+    @property
+    def uses(self) -> set[str]:  # of the features, beside the first fingerprint
+        s = self.spec
+        return {name for name, used in [("prints", s.share > 0), ("descriptors", s.share < 1), ("embedding", s.learnt > 0)] if used}
+
     def scores(self, F: Features, similar: np.ndarray, train: Features) -> np.ndarray:  # similar: of F to all training molecules, [n, N]
-        apart = [s.distance(X, Z[self.marks]) for s, X, Z in zip(self.scalers, F.dense, train.dense, strict=False)]
-        return self.spec(similar[:, self.marks], apart) @ self.beta
+        used = [name in self.uses for name in ("descriptors", "embedding")]
+        apart = [s.distance(X, Z[self.marks]) if u else np.zeros(0) for u, s, X, Z in zip(used, self.scalers, (F.descriptors, F.embedding), train.dense, strict=False)]
+        return self.spec(similar if len(self.marks) == similar.shape[1] else similar[:, self.marks], apart) @ self.beta
 
     def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         scales = {f"{k}{i}": getattr(s, k) for i, s in enumerate(self.scalers) for k in ("mean", "std")}
@@ -379,6 +434,8 @@ class BoostingMember:
     trees: Trees
     columns: np.ndarray  # [k] columns of `tree_columns` that are used
 
+    @property
+    def uses(self) -> set[str]: return {"descriptors"}
     def scores(self, F: Features, similar: np.ndarray, train: Features) -> np.ndarray: return self.trees(tree_columns(F)[:, self.columns])
     def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]: return {}, {"columns": self.columns, **vars(self.trees)}
     @classmethod
@@ -515,6 +572,12 @@ class Target:
     spread: Spread | None = None       # regression
     conformal: SplitConformal | None = None
 
+    @property
+    def active(self) -> dict[str, Any]:
+        "Members that a prediction depends on: those with a weight, or all where the interval follows their disagreement."
+        everyone = self.spread is not None and self.spread.apart > 0
+        return {name: m for (name, m), w in zip(self.members.items(), self.weights, strict=True) if w > 0 or everyone}
+
     def answers(self, scores: np.ndarray) -> np.ndarray:  # [n, M] -> [n, M], in the target's unit, or logits
         if self.kind == "binary": return np.column_stack([c.logit(s) for c, s in zip(self.curves, scores.T, strict=True)])
         return self.scale.invert(scores)
@@ -551,7 +614,7 @@ def fit_members(
         limit = until if members else None  # the first must come to an end
         if limit is not None and begun >= limit: break
         centred = (z - z.mean()) / (z.std() or 1.0)
-        made: Any = fit_kernel(F, similar, centred, folds, spec) if name == "kernel" else fit_boosting(kind, F, z, folds, spec, limit)
+        made: Any = fit_kernel(F, similar, centred, folds, spec) if name != "boosting" else fit_boosting(kind, F, z, folds, spec, limit)
         if made is None: continue
         members[name], seconds[name] = made[0], round(time.perf_counter() - begun, 2)
         scores.append(made[1])
@@ -593,9 +656,9 @@ def nearest(
     train: Features,
     apart: np.ndarray | None = None,  # [n, N] bool, pairs that count; None: all
 ) -> np.ndarray:                      # [n], from 0 to 1
-    "Similarity of the circular counts of each molecule to the most similar training molecule."
-    circular = tanimoto(F.prints[0], train.prints[0])
-    return (circular if apart is None else np.where(apart, circular, 0)).max(axis=1).astype(np.float64)
+    "Similarity of the first fingerprint of each molecule to the most similar training molecule."
+    first = train.overlaps[0](F.prints[0])
+    return (first if apart is None else np.where(apart, first, 0)).max(axis=1).astype(np.float64)
 
 # %% ../../nbs/adapt/68_stacked.ipynb #st000063
 def fit_target(
@@ -628,13 +691,18 @@ def fit_target(
 class Stacked:
     "Predictors of a table's targets on shared features."
     spec: StackedSpec
-    descriptors: MoleculeDescriptors
+    descriptors: MoleculeDescriptors | None
     train: Features
     targets: list[Target]
     encoder: Pretrained | None
     limit: float    # similarity to the nearest training molecule below which a molecule is out of the domain
     rejected: Rejected = field(default_factory=Rejected.empty)  # training rows that could not be read
     batch: int = 500
+
+    @property
+    def uses(self) -> set[str]:
+        "Features that a prediction depends on, beside the first fingerprint."
+        return {name for t in self.targets for m in t.active.values() for name in m.uses}
 
     @property
     def task(self) -> Task:
@@ -668,12 +736,13 @@ def predict_batch(
     first: int = 0,    # number of the batch's first row, for the rejected
 ) -> tuple[pl.DataFrame, Rejected]:
     "Predictions of one batch."
-    F, kept, rejected = features_of(records, model.descriptors, model.encoder)
-    similar = print_similarity(F, model.train) if len(F) else np.zeros((0, len(model.train)))
-    near = nearest(F, model.train) if len(F) else np.zeros(0)
+    uses, prints = model.uses, model.spec.prints
+    F, kept, rejected = features_of(records, model.descriptors if "descriptors" in uses else None, model.encoder if "embedding" in uses else None, prints if "prints" in uses else prints[:1])
+    each = [overlap(bits) for overlap, bits in zip(model.train.overlaps, F.prints, strict=False)]
+    similar, near = mean_similarity(each) if "prints" in uses else np.zeros((len(F), len(model.train))), each[0].max(axis=1).astype(np.float64)
     columns: dict[str, Any] = {"id": records.ids}
     for t in model.targets:
-        scores = np.column_stack([m.scores(F, similar, model.train) for m in t.members.values()])
+        scores = np.column_stack([m.scores(F, similar, model.train) if name in t.active else np.zeros(len(F)) for name, m in t.members.items()])
         for name, v in t.predict(scores, near).items(): columns[name] = _spread_out(v, kept, len(records))
     columns["similarity"] = _spread_out(near, kept, len(records))
     return pl.DataFrame(columns).with_columns(in_domain=pl.col("similarity").fill_nan(None) >= model.limit), Rejected(rejected.frame.with_columns(pl.col("row") + first))
@@ -725,9 +794,10 @@ def fit_stacked(
     kinds: Mapping[str, str] | None = None,   # target → "regression" or "binary"; None: as the values say
 ) -> Stacked:
     "Fit predictors of all targets."
-    begun, found, descriptors, encoder = time.perf_counter(), kinds_of(records, kinds), quick_descriptors(), encoder_of(spec.encoder)
+    begun, found, encoder = time.perf_counter(), kinds_of(records, kinds), None if spec.light else encoder_of(spec.encoder)
+    descriptors = None if spec.light else quick_descriptors()
     if not found: raise BadInput("the records have no targets to learn")
-    F, kept, rejected = features_of(records, descriptors, encoder)
+    F, kept, rejected = features_of(records, descriptors, encoder, spec.prints)
     rejected.check(len(records))
     similar, made = print_similarity(F, F), []
     for i, (name, kind) in enumerate(found.items()):
@@ -737,7 +807,8 @@ def fit_stacked(
         until = None if spec.budget is None else now + (begun + spec.budget - now) / (len(found) - i)
         whole = len(there) == len(F)
         made.append(fit_target(name, kind, records.targets[name], F if whole else F.take(there), similar if whole else similar[np.ix_(there, there)], y[there], spec, until))
-        if not whole and "kernel" in made[-1].members: made[-1].members["kernel"].marks = there[made[-1].members["kernel"].marks]
+        for m in made[-1].members.values():
+            if not whole and isinstance(m, KernelMember): m.marks = there[m.marks]
     limit = float(np.quantile(nearest(F, F, ~np.eye(len(F), dtype=bool)), 0.05))
     return Stacked(spec, descriptors, F, made, encoder, limit, rejected)
 
@@ -750,19 +821,20 @@ def save_stacked(
     "Write configuration, arrays and (if given) a FactSheet."
     from safetensors.numpy import save_file
 
-    from matfm.models.zoo import save_pretrained
     folder, arrays, targets = Path(folder), {"descriptors": model.train.descriptors, "embedding": model.train.embedding}, []
-    for name, p in zip(PRINTS, model.train.prints, strict=True): arrays |= {f"{name}.columns": p.indices.astype(np.int32), f"{name}.ends": p.indptr.astype(np.int64)}
+    for name, p in zip(model.spec.prints, model.train.prints, strict=True): arrays |= {f"{name}.columns": p.indices.astype(np.int32), f"{name}.ends": p.indptr.astype(np.int64)}
     for i, t in enumerate(model.targets):
         states = {name: m.state() for name, m in t.members.items()}
         arrays |= {f"{i}.{name}.{k}": v for name, (_, a) in states.items() for k, v in a.items()}
         targets.append({"name": t.name, "kind": t.kind, "unit": t.unit, "members": {n: c for n, (c, _) in states.items()}, "weights": t.weights.tolist(), "about": t.about,
                         "scale": t.scale.to_dict(), "curves": [c.to_dict() for c in t.curves], "spread": t.spread and t.spread.to_dict(), "conformal": t.conformal and t.conformal.to_dict()})
     with atomic_write(folder / "model.safetensors") as path: save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, path)
-    config = {"format": 1, "spec": model.spec.to_dict(), "descriptors": list(model.descriptors.use), "encoder": model.encoder is not None, "limit": model.limit, "targets": targets,
+    config = {"format": 1, "spec": model.spec.to_dict(), "descriptors": list(model.descriptors.use) if model.descriptors else [], "encoder": model.encoder is not None, "limit": model.limit, "targets": targets,
               "weights_sha256": sha256_file(folder / "model.safetensors")}
     with atomic_write(folder / "stacked.json") as path: path.write_text(json.dumps(config, indent=1, allow_nan=False))
-    if model.encoder is not None: save_pretrained(folder / "encoder", model.encoder)
+    if model.encoder is not None:
+        from matfm.models.zoo import save_pretrained
+        save_pretrained(folder / "encoder", model.encoder)
     if factsheet is not None: factsheet.save(folder)
     return folder
 
@@ -785,22 +857,25 @@ def read_stacked(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 # %% ../../nbs/adapt/68_stacked.ipynb #st000080
 def load_stacked(folder: str | Path) -> Stacked:
     "Read a folder; offline, nothing unpickled."
-    from matfm.models.zoo import load_pretrained
     config, arrays = read_stacked(Path(folder))
     try:
-        prints = tuple(bit_matrix(np.split(arrays[f"{n}.columns"], arrays[f"{n}.ends"][1:-1])) for n in PRINTS)
+        spec = StackedSpec.from_dict(config["spec"])
+        prints = tuple(bit_matrix(arrays[f"{n}.columns"], arrays[f"{n}.ends"]) for n in spec.prints)
         _ = arrays["descriptors"], arrays["embedding"]
         targets = [_target(i, t, arrays) for i, t in enumerate(config["targets"])]
     except (KeyError, TypeError, IndexError) as e: raise BadInput(f"{folder} is not complete: {e}") from e
-    encoder = load_pretrained(Path(folder) / "encoder") if config["encoder"] else None
+    encoder = None
+    if config["encoder"]:  # torch is not loaded for a model without a network
+        from matfm.models.zoo import load_pretrained
+        encoder = load_pretrained(Path(folder) / "encoder")
     train = Features(prints, arrays["descriptors"], arrays["embedding"])
-    return Stacked(StackedSpec.from_dict(config["spec"]), MoleculeDescriptors(tuple(config["descriptors"])), train, targets, encoder, config["limit"])
+    return Stacked(spec, MoleculeDescriptors(tuple(config["descriptors"])) if config["descriptors"] else None, train, targets, encoder, config["limit"])
 
 # %% ../../nbs/adapt/68_stacked.ipynb #st000081
 def _target(i: int, t: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Target:
     members = {}
     for name, c in t["members"].items():
-        cls: Any = KernelMember if pick(name, MEMBERS, "member") == "kernel" else BoostingMember
+        cls: Any = BoostingMember if pick(name, MEMBERS, "member") == "boosting" else KernelMember
         members[name] = cls.restore(c, {k.split(".")[2]: v for k, v in arrays.items() if k.startswith(f"{i}.{name}.")})
     return Target(t["name"], t["kind"], t["unit"], members, np.array(t["weights"]), t["about"], Scale.from_dict(t["scale"]), tuple(Platt.from_dict(c) for c in t["curves"]),
                   t["spread"] and Spread.from_dict(t["spread"]), t["conformal"] and SplitConformal.from_dict(t["conformal"]))

@@ -64,9 +64,11 @@ def stacked_sheet(
     split: Split,
 ) -> FactSheet:
     "The FactSheet of a stacked predictor."
-    targets, p, fitted = ", ".join(records.targets), result.spec.parameters, len(split.train) + len(split.valid)
+    p = result.spec.parameters
+    made_of = "one kernel on circular fingerprints" if p["model"] == "light" else f"a stack of {' and '.join(p['members'])}"
+    targets, fitted = ", ".join(records.targets), len(split.train) + len(split.valid)
     return FactSheet(
-        kind="model", name=f"{records.name}_{'_'.join(records.targets)}", summary=f"Predicts {targets} of molecules; a stack of {' and '.join(p['members'])}, fitted with `matfm finetune`.",
+        kind="model", name=f"{records.name}_{'_'.join(records.targets)}", summary=f"Predicts {targets} of molecules; {made_of}, fitted with `matfm finetune`.",
         data=f"{records.name} ({len(records)} molecules), content digest {records.digest}", splits=f"{split.method}, {fitted} rows fitted, {len(split.test)} tested, seed {p['seed']}, digest {split.digest}",
         metrics=[m for m in result.metrics if m.tags.get("model") == "stacked"], limits=tested_limits(result, split, "predictions of rows left out of the fit in turn"),
         intended_use=f"predicting {targets} for molecules like those of the table", risks="predictions far from the training data can be wrong by more than the interval says; in_domain marks them",
@@ -82,14 +84,15 @@ def fit_table(
     seed: int = 0,
     rejected: Rejected = Rejected(),   # rows set aside when the table was read; kept in the folder
     source: str = "",                  # the table's file, for the record
+    light: bool = False,               # one kernel on circular fingerprints instead of the stack: for predicting millions
 ) -> Result:                           # with what each member contributed in its tables
     "Fit a stacked predictor, test it beside the baselines, and save it with its papers."
-    from matfm.adapt.stacked import StackedSpec, fit_stacked
+    from matfm.adapt.stacked import LIGHT, StackedSpec, fit_stacked
     if not records.targets: raise BadInput("the records have no targets to learn")
     _no_clash(list(records.targets), records.targets)
-    spec, made, out = StackedSpec(budget=budget, seed=seed, level=LEVEL), split_table(records, split, seed), Path(out)
+    spec, made, out = (LIGHT if light else StackedSpec()).replace(budget=budget, seed=seed, level=LEVEL), split_table(records, split, seed), Path(out)
     start_folder(out, made, rejected)
-    asked = {"file": source or records.name, "target": records.targets, "model": "stacked", "members": list(spec.members), "split": made.method, "budget": budget, "seed": seed}
+    asked = {"file": source or records.name, "target": records.targets, "model": "light" if light else "stacked", "members": list(spec.members), "split": made.method, "budget": budget, "seed": seed}
     rec = Recorder(ExperimentSpec("finetune", asked), out, baselines=f"dummy: the training mean; {FOREST[records.domain]}: a random forest on fingerprints", notes=f"{len(rejected)} rows of the table were set aside")
     rec.data(records)
     rec.data("split", made.digest)
@@ -504,7 +507,8 @@ def predict_file(
     begun, folder, file, out = time.perf_counter(), Path(model), Path(file), Path(out)
     opened = open_model(folder)
     if not is_streamed(file) and getattr(getattr(opened, "representation", None), "domain", "") == "crystal": return predict_whole(opened, file, out, cif)
-    targets, domain = list(opened.task.names), "molecule" if hasattr(opened, "targets") else opened.representation.domain
+    stacked = hasattr(opened, "targets")  # whose task would load torch
+    targets, domain = ([t.name for t in opened.targets], "molecule") if stacked else (list(opened.task.names), opened.representation.domain)
     header, column = _chosen_column(file, smiles, cif, domain)
     _no_clash(header, targets)
     new, waiting, total = added_columns(targets), dict[int, Any](), [0, 0]

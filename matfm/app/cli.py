@@ -23,10 +23,10 @@ from ..settings import load_settings
 
 # %% auto #0
 __all__ = ['app', 'runs_app', 'data_app', 'Names', 'Given', 'Preset', 'Jobs', 'Where', 'Experiment', 'DataName', 'Smiles', 'Cif',
-           'Out', 'Start', 'Model', 'Split', 'Target', 'Unit', 'TableFile', 'Budget', 'NETWORK_ONLY', 'Commands',
-           'group', 'root', 'metric_table', 'run', 'runs_list', 'runs_show', 'runs_compare', 'data_list', 'data_get',
-           'data_card', 'data_read', 'pretrain', 'wants_network', 'finetune', 'predict', 'checkpoint_folder', 'models',
-           'card', 'site', 'lab', 'main']
+           'Out', 'Start', 'Model', 'Split', 'Target', 'Unit', 'TableFile', 'Budget', 'LIGHT', 'NETWORK_ONLY',
+           'Commands', 'group', 'root', 'metric_table', 'run', 'runs_list', 'runs_show', 'runs_compare', 'data_list',
+           'data_get', 'data_card', 'data_read', 'pretrain', 'wants_network', 'finetune', 'predict',
+           'checkpoint_folder', 'models', 'card', 'site', 'lab', 'main']
 
 # %% ../../nbs/app/99_cli.ipynb #2d7e5c92
 class Commands(TyperGroup):
@@ -266,7 +266,7 @@ def _aside(rejected: Any, total: int, where: Path | None = None) -> None:
 
 # %% ../../nbs/app/99_cli.ipynb #0c40d92c
 Out = Annotated[Path, typer.Option(help="Folder to write.")]
-Start = Annotated[str | None, typer.Option("--model", "--encoder", help="Fine-tune a network: a checkpoint (`matfm models`), a folder, or an encoder's name to start from random weights.")]
+Start = Annotated[str | None, typer.Option("--model", "--encoder", help="light: the quickest predictor of molecules. Else fine-tune a network: a checkpoint (`matfm models`), a folder, or an encoder's name to start from random weights.")]
 Model = Annotated[str | None, typer.Option(help="A checkpoint (`matfm models`), a folder, or an encoder's name to start from random weights.")]
 
 # %% ../../nbs/app/99_cli.ipynb #413289e5
@@ -301,6 +301,7 @@ TableFile = Annotated[Path, typer.Argument(metavar="FILE", help="A table (CSV, P
 
 # %% ../../nbs/app/99_cli.ipynb #17510642
 Budget = Annotated[str | None, typer.Option(metavar="TIME", help="Time for the stacked predictor, e.g. 90s, 10m or 1h. Default: as long as it takes.")]
+LIGHT = "light"  # a --model that is no network
 NETWORK_ONLY = ("model", "ensemble", "epochs", "strategy", "lr")  # options that only a network has
 
 def wants_network(
@@ -310,6 +311,10 @@ def wants_network(
     "Whether a network is to be fine-tuned: for crystals, and where an option asks for one."
     sources = {n: ctx.get_parameter_source(n) for n in NETWORK_ONLY}
     asked = [n for n, s in sources.items() if s is not None and s.name != "DEFAULT"]
+    if ctx.params.get("model") == LIGHT:
+        if (others := [n for n in asked if n != "model"]) or domain != "molecule":
+            raise BadInput(f"--model light is a predictor of molecules, {'--' + others[0] + ' belongs to networks' if others else f'these are {domain}s'}: leave one of them out")
+        return False
     budget = ctx.params.get("budget")
     if budget and (asked or domain != "molecule"):
         raise BadInput(f"--budget belongs to the stacked predictor of molecules, {'--' + asked[0] + ' to networks' if asked else f'these are {domain}s'}: leave one of them out")
@@ -326,7 +331,7 @@ def finetune(
     lr: Annotated[float, typer.Option(help="Learning rate of a network's encoder.")] = 1e-4,
     seed: Annotated[int, typer.Option(help="Of split, weights and batches.")] = 0,
 ) -> None:
-    "Fit a model to your own table.\n\nMolecules: a stack of quick predictors; with --model, and for crystals, a network. Reports the test error beside a constant guess and a forest."
+    "Fit a model to your own table.\n\nMolecules: a stack of quick predictors; with --model light one that predicts millions; with another --model, and for crystals, a network. Reports the test error beside a constant guess and a forest."
     if unit and len(unit) != len(target): raise BadInput(f"{len(unit)} units for {len(target)} targets")
     from matfm.adapt.tables import configured, finetune_table, read_labelled, split_table
     from matfm.app import bulk
@@ -334,7 +339,7 @@ def finetune(
     records, rejected = read_labelled(file, dict(zip(target, unit, strict=True)) if unit else target, smiles, cif)
     network, made = wants_network(ctx, records.domain), split_table(records, split, seed)
     _aside(rejected, len(records) + len(rejected), out / "rejected.csv")
-    if not network: result = bulk.fit_table(records, out, seconds, made, seed, rejected, file.name)
+    if not network: result = bulk.fit_table(records, out, seconds, made, seed, rejected, file.name, light=model == LIGHT)
     else:
         from matfm.adapt.finetune import FinetuneSpec
         spec = configured(FinetuneSpec, strategy=strategy, epochs=epochs, lr=lr, seed=seed)

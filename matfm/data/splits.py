@@ -137,14 +137,21 @@ def _members(groups: Iterable[Hashable]) -> list[list[int]]:
     return list(found.values())
 
 # %% ../../nbs/data/14_splits.ipynb #69dd54e8
+_ORDERS, _WITHIN = 100, 2.0  # random orders that are tried; factor within which each part is to get its due
+
 def _shuffled_fill(members: Sequence[list[int]], fractions: Sequence[float], seed: int) -> list[tuple[int, ...]]:
+    "Groups in the first random order that gives every part half to twice its due, else in the best of the orders."
     if seed < 0: raise BadInput(f"seed must be ≥ 0, got {seed}")
-    n, done = sum(map(len, members)), 0
-    bounds, parts = np.cumsum(fractions)[:2] * n, [[], [], []]  # type: tuple[np.ndarray, list[list[int]]]
-    for k in np.random.default_rng(seed).permutation(len(members)):
-        parts[int(np.searchsorted(bounds, done + len(members[k]) / 2))] += members[k]
-        done += len(members[k])
-    return [tuple(sorted(p)) for p in parts]
+    sizes, f, rng = np.array([len(m) for m in members], np.int64), np.asarray(fractions, float), np.random.default_rng(seed)
+    due, nearest = f * sizes.sum(), np.inf
+    for _ in range(_ORDERS):
+        order = rng.permutation(len(sizes))
+        part = np.searchsorted(np.cumsum(f)[:2] * sizes.sum(), np.cumsum(sizes[order]) - sizes[order] / 2)
+        got = np.bincount(part, sizes[order], 3)
+        off = max((np.maximum(got, due) / np.maximum(np.minimum(got, due), 1e-9))[f > 0], default=1.0)
+        if off < nearest: best, nearest = (order, part), off
+        if off <= _WITHIN: break
+    return [tuple(sorted(i for k in best[0][best[1] == p] for i in members[k])) for p in range(3)]
 
 # %% ../../nbs/data/14_splits.ipynb #54255eed
 def _make(method: str, parts: Sequence[tuple[int, ...]], records: Records | None, seed: int | None, **parameters: Any) -> Split:

@@ -82,8 +82,7 @@ class BiasedAttention(nn.Module):
     def __init__(self, width: int, heads: int, scales: int = 1, dropout: float = 0.0):
         super().__init__()
         if width % heads: raise BadInput(f"width {width} is not a multiple of heads {heads}")
-        self.heads, self.dropout = heads, dropout
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(scales * width, width)
+        self.heads, self.dropout, self.qkv, self.out = heads, dropout, nn.Linear(width, 3 * width), nn.Linear(scales * width, width)
 
     def forward(
         self,
@@ -91,7 +90,8 @@ class BiasedAttention(nn.Module):
         biases: Sequence[Tensor] # K of [B, h, n, n], −inf where nothing is to be seen
     ) -> Tensor:                 # [B, n, d]
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)   # [B, h, n, d/h]
-        seen = [F.scaled_dot_product_attention(q, k, v, attn_mask=b.to(q.dtype), dropout_p=self.dropout if self.training else 0.0) for b in biases]
+        alike = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)                           # [B, h, n, n], shared by the scales
+        seen = [F.dropout((alike + b).softmax(-1), self.dropout, self.training) @ v for b in biases]
         return self.out(torch.cat([s.transpose(1, 2).flatten(2) for s in seen], -1))
 
 # %% ../../nbs/models/35_graph_transformer.ipynb #c35a0017
