@@ -9,6 +9,7 @@ from pathlib import Path
 import nbformat
 
 LEFT_OUT = re.compile(r"^#\|\s*(eval:\s*false|slow\b|cuda\b)", re.M)
+COLD = re.compile(r"sys\.modules|SIGINT")
 PRELOADED = ["execnb.shell", "torch", "lightning", "polars", "numpy", "scipy.stats", "matplotlib.pyplot", "matplotlib_inline.backend_inline", "rdkit.Chem.AllChem", "pymatgen.core", "sklearn.ensemble",
              "hypothesis", "pytest", "pydantic"]
 
@@ -32,8 +33,17 @@ def run_cells(path: Path, timeout: float, said) -> None:
     finally: atexit._run_exitfuncs()  # worker processes that a page started end with it, as with a kernel
 
 
+def run_cold(path: Path, timeout: float = 300) -> None:
+    "Run a page in a kernel of its own that has imported nothing."
+    from nbclient import NotebookClient
+    notebook = nbformat.read(path, 4)
+    notebook.cells = [c for c in notebook.cells if c.cell_type == "code" and not LEFT_OUT.search(c.source)]
+    NotebookClient(notebook, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
+
+
 def run_page(path: Path, timeout: float = 300) -> None:
-    "Run a page; `AssertionError` with cell, traceback and output where a cell fails."
+    "Run a page; `AssertionError` with cell, traceback and output where a cell fails. Pages that look at what is imported, or at Ctrl-C, start cold."
+    if COLD.search("".join(cells_of(path))): return run_cold(path, timeout)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*PRELOADED])
     ours, theirs = context.Pipe(False)
