@@ -8,9 +8,11 @@ import shutil
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 for package in ("sphinx", "myst_nb", "pydata_sphinx_theme", "latex2mathml", "nbdev"):
     pytest.importorskip(package, reason=f"{package} is missing: pip install 'matfm[site]'")
@@ -27,12 +29,17 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> tuple[Path, list[str]]:
     "The site of this checkout, and what the build warned about."
-    out = tmp_path_factory.mktemp("a site") / "_site"
-    import warnings
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        build_site(out, ROOT / "nbs")
-    return out, [str(w.message) for w in said if "built with warnings" in str(w.message)]
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")  # the processes of one test run share one build
+    home = tmp_path_factory.mktemp("a site") if run is None else tmp_path_factory.getbasetemp().parent / f"a site {run}"
+    home.mkdir(exist_ok=True)
+    out, told = home / "_site", home / "warnings.json"
+    with FileLock(home / "lock"):
+        if not told.is_file():
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                build_site(out, ROOT / "nbs")
+            told.write_text(json.dumps([str(w.message) for w in said if "built with warnings" in str(w.message)]))
+    return out, json.loads(told.read_text())
 
 
 def test_builds_without_warnings(built):
