@@ -36,3 +36,13 @@ def _own_cache(tmp_path_factory, monkeypatch):
     cache = tmp_path_factory.getbasetemp() / "cache"
     cache.mkdir(exist_ok=True)
     monkeypatch.setenv("MATFM_DATA_CACHE", str(cache))
+
+
+@pytest.fixture
+def one_thread():
+    "Torch computes on one thread, so that sums come out the same."
+    import torch
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -9,6 +9,7 @@ from pathlib import Path
 import nbformat
 
 LEFT_OUT = re.compile(r"^#\|\s*(eval:\s*false|slow\b|cuda\b)", re.M)
+CAN_FORK = "forkserver" in multiprocessing.get_all_start_methods()  # not on Windows
 COLD = re.compile(r"sys\.modules|SIGINT")
 PRELOADED = ["execnb.shell", "torch", "lightning", "polars", "numpy", "scipy.stats", "matplotlib.pyplot", "matplotlib_inline.backend_inline", "rdkit.Chem.AllChem", "pymatgen.core", "sklearn.ensemble",
              "hypothesis", "pytest", "pydantic"]
@@ -43,7 +44,7 @@ def run_cold(path: Path, timeout: float = 300) -> None:
 
 def run_page(path: Path, timeout: float = 300) -> None:
     "Run a page; `AssertionError` with cell, traceback and output where a cell fails. Pages that look at what is imported, or at Ctrl-C, start cold."
-    if COLD.search("".join(cells_of(path))): return run_cold(path, timeout)
+    if COLD.search("".join(cells_of(path))) or not CAN_FORK: return run_cold(path, timeout)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*PRELOADED])
     ours, theirs = context.Pipe(False)

@@ -17,13 +17,7 @@ from matfm.registry import registries
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    import torch
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ---- small records ---------------------------------------------------------------------------------------------------

@@ -11,9 +11,10 @@ from matfm.core import BadInput
 from matfm.data.loading import BatchPlan, Loader, featurise, sizes_of
 from matfm.data.records import SYMBOLS, Crystal, Records, compositions, crystals
 from matfm.models.potnet import CrystalPotentials, lattice_points, pair_sums, pauli_radius
-from matfm.models.sitenet import CrystalPairs, pair_images, primitive_cell, short_basis
+from matfm.models.sitenet import CrystalPairs, pair_images
 from matfm.models.zoo import from_scratch, load_pretrained, save_pretrained
 from matfm.represent.composition import Composition
+from matfm.represent.primitive import primitive_cell, short_basis
 
 CASES = {"composition_transformer": (Composition(), dict(width=16, depth=1, heads=2)),
          "sitenet": (CrystalPairs(sites=12), dict(width=16, depth=1, heads=2, pair=8, basis=16)),
@@ -21,13 +22,7 @@ CASES = {"composition_transformer": (Composition(), dict(width=16, depth=1, head
 OF_STRUCTURES = ["sitenet", "potnet"]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    import torch
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def low(seed: int, n: int = 4) -> Crystal:

@@ -20,13 +20,11 @@ BASELINE = 2 * math.log(2)
 GRAPH, PAIRS = CrystalGraph(cutoff=4.5, max_neighbors=8), CrystalPairs(sites=8)
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 @pytest.fixture(autouse=True)
-def _seeded():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
+def _seeded(): torch.manual_seed(0)
 
 
 def crystals(n, seed=0):

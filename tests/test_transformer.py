@@ -17,13 +17,11 @@ SMILES = ["CC(=O)Oc1ccccc1C(=O)O", "C", "CN1C=NC2=C1C(=O)N(C(=O)N2C)C", "CCO", "
 STYLES = [dict(), dict(norm="rms", feed_forward="swiglu", pool="mean"), dict(norm="rms", pool="cls")]
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 @pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
+def _seeded(): torch.manual_seed(0)
 
 
 @pytest.fixture(scope="module")

@@ -16,13 +16,13 @@ import torch
 from scipy.special import erfc
 from torch import Tensor, nn
 
-from ..core import BATCH_KEYS, BadInput, Batch, Encoded, Item, Spec
+from ..core import BadInput, Batch, Encoded, Item, Spec
 from .composition import ElementEmbedding, all_pairs
 from .crystalgraph import GatedConvolution
 from .layers import CosineCutoff, GaussianBasis, pool, to_dense
-from .sitenet import primitive_cell
 from ..registry import encoders, representations
 from ..represent.crystal import collate_crystals, crystal_arrays, crystal_edges
+from ..represent.primitive import primitive_cell
 
 # %% auto #0
 __all__ = ['REACH', 'FLOOR', 'near_terms', 'wave_terms', 'lattice_points', 'pauli_radius', 'image_sums', 'pair_sums',
@@ -110,8 +110,6 @@ def pair_sums(
     return out
 
 # %% ../../nbs/models/46_potnet.ipynb #46c0a025
-BATCH_KEYS.update(potentials="[M, 3] float32, sums over all images of 1/r (1/Å, neutralised), 1/r⁶ (1/Å⁶), exp(−αr); all ordered pairs of sites of a record, by first site, then by second")
-
 @representations.register("crystal_potentials")
 @dataclass(frozen=True)
 class CrystalPotentials(Spec):

@@ -21,97 +21,11 @@ from .composition import ElementEmbedding
 from .crystalgraph import EdgeLinear
 from .layers import FeedForward, GaussianBasis, scatter_sum, softmax_scatter, to_dense
 from ..registry import encoders, representations
-from ..represent.crystal import SELF, SHELL, collate_crystals, crystal_arrays, edge_order, nearest_shells, neighbours
+from ..represent.crystal import SHELL, collate_crystals, crystal_arrays, edge_order, nearest_shells, neighbours
+from ..represent.primitive import primitive_cell
 
 # %% auto #0
-__all__ = ['STEPS', 'SAME', 'IMAGES', 'shortened', 'short_basis', 'translations', 'shortest_basis', 'primitive_cell', 'holding',
-           'pair_images', 'CrystalPairs', 'PairAttention', 'SiteNet']
-
-# %% ../../nbs/models/45_sitenet.ipynb #45c0a006
-STEPS = np.array([(x, y) for x in (-1, 0, 1) for y in (-1, 0, 1)], dtype=float)
-
-def shortened(
-    v: np.ndarray,       # [3], Å
-    others: np.ndarray,  # [k, 3], k of 1 or 2, Å
-) -> np.ndarray | None:  # None if nothing makes it shorter
-    "A vector less whatever multiples of the others leave least of it."
-    nearest = np.rint(np.linalg.solve(others @ others.T, others @ v))
-    tries = v - (nearest + STEPS[:, :len(others)]) @ others
-    length = (tries * tries).sum(1)
-    return tries[length.argmin()] if length.min() < (v @ v) * (1 - 1e-9) else None  # equal ones would go round in circles
-
-# %% ../../nbs/models/45_sitenet.ipynb #45c0a035
-def short_basis(
-    lattice: np.ndarray,  # [3, 3], lattice vectors as rows, Å
-) -> np.ndarray:          # [3, 3] the same lattice, right-handed, Å
-    "Three short vectors, shortest first."
-    b, better = np.array(lattice, dtype=float), True
-    while better:
-        b, better = b[np.argsort((b * b).sum(1), kind="stable")], False
-        for k in (1, 2):
-            found = shortened(b[k], b[:k])
-            if found is not None:
-                b[k], better = found, True
-                break
-    return b if np.linalg.det(b) > 0 else -b
-
-# %% ../../nbs/models/45_sitenet.ipynb #45c0a009
-SAME = 0.01  # Å, how far a site may lie from where a translation of the crystal puts it
-
-def translations(
-    lattice: np.ndarray,  # [3, 3], short vectors, Å
-    frac: np.ndarray,     # [n, 3]
-    numbers: np.ndarray,  # [n]
-) -> tuple[np.ndarray, np.ndarray]:  # [m, n] int64, where each site goes; [m, n, 3] the vector it goes by, fractional
-    "All translations that map the crystal onto itself, the first one is zero."
-    elements, counts = np.unique(numbers, return_counts=True)
-    where, by = [np.arange(len(frac))], [np.zeros_like(frac)]
-    if np.gcd.reduce(counts) > 1:
-        same, step = numbers[:, None] == numbers, frac[None] - frac[:, None]          # [n, n], [n, n, 3] from i to j
-        rarest = np.flatnonzero(numbers == elements[counts.argmin()])
-        for t in step[rarest[0], rarest[1:]]:
-            off = step - t
-            off -= np.rint(off)
-            far = np.where(same, np.linalg.norm(off @ lattice, axis=-1), np.inf)
-            goes = far.argmin(1)
-            exact = t + off[np.arange(len(frac)), goes]
-            if max(far.min(1).max() / 3, np.linalg.norm((exact - exact.mean(0)) @ lattice, axis=1).max()) < SAME: where.append(goes); by.append(exact)
-    return np.stack(where), np.stack(by)
-
-# %% ../../nbs/models/45_sitenet.ipynb #45c0a012
-IMAGES = np.array([(x, y, z) for x in (-1, 0, 1) for y in (-1, 0, 1) for z in (-1, 0, 1)], dtype=float)
-
-def shortest_basis(
-    vectors: np.ndarray,  # [k, 3], Å
-    volume: float,        # of the cell they should span, Å³
-) -> np.ndarray | None:   # [3, 3]; None if no three of them span it
-    "The shortest three that span a cell of that volume."
-    length = np.linalg.norm(vectors, axis=1)
-    v = vectors[np.argsort(length, kind="stable")]
-    v = v[np.linalg.norm(v, axis=1) > SELF]
-    a, cross = v[0], np.cross(v[0], v)
-    b = v[int(np.argmax(np.linalg.norm(cross, axis=1) > 1e-3 * np.linalg.norm(a) * np.linalg.norm(v, axis=1)))]
-    fits = np.abs(np.abs(v @ np.cross(a, b)) - volume) < 1e-2 * volume
-    return short_basis(np.stack([a, b, v[int(fits.argmax())]])) if fits.any() else None
-
-# %% ../../nbs/models/45_sitenet.ipynb #45c0a013
-def primitive_cell(
-    lattice: np.ndarray,  # [3, 3], Å
-    frac: np.ndarray,     # [n, 3]
-    numbers: np.ndarray,  # [n]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    "Lattice (short, right-handed), fractional coordinates in [0, 1) and atomic numbers of the smallest cell; orientation is kept."
-    short = short_basis(lattice)
-    own = frac @ lattice @ np.linalg.inv(short)
-    where, by = translations(short, own, numbers)
-    m, basis, keep = len(where), None, np.unique(where.min(0))                     # the lowest number of those that are one
-    if m > 1 and len(keep) * m == len(numbers):
-        t = by.mean(1)
-        basis = shortest_basis(((t - np.rint(t))[:, None] + IMAGES).reshape(-1, 3) @ short, abs(np.linalg.det(short)) / m)
-        own = own + (by - t[:, None]).mean(0)
-    if basis is None: basis, keep = short, np.arange(len(numbers))
-    inside = own[keep] @ short @ np.linalg.inv(basis)
-    return basis, inside - np.floor(inside), numbers[keep]
+__all__ = ['holding', 'pair_images', 'CrystalPairs', 'PairAttention', 'SiteNet']
 
 # %% ../../nbs/models/45_sitenet.ipynb #45c0a036
 def holding(

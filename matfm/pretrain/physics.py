@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core import BATCH_KEYS, BadInput, Batch, pick
+from ..core import BadInput, Batch, pick
 from ..data.records import Crystal
 from ..data.splits import space_group
 from ..models.layers import scatter_mean, scatter_sum
@@ -31,8 +31,6 @@ __all__ = ['LAST', 'SYMMETRY_TASKS', 'SPOILS', 'space_groups', 'symmetry_class',
            'SymmetryHeads', 'swapped', 'strain', 'pushed', 'implausible', 'Plausible']
 
 # %% ../../nbs/pretrain/63_physics.ipynb #63a0c008
-BATCH_KEYS["space_group"] = "[B] int64, number of the space group 1 … 230, 0 where none was found"
-
 @lru_cache(200_000)
 def _group(lattice: bytes, frac: bytes, numbers: bytes, tolerance: float) -> int:
     cell, sites = np.frombuffer(lattice, np.float64).reshape(3, 3), np.frombuffer(frac, np.float64).reshape(-1, 3)

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ..core import BATCH_KEYS, BadInput, Batch, Item, Spec
+from ..core import BadInput, Batch, Item, Spec
 from ..data.records import NUMBERS, parse_formula
 from ..registry import representations
 
@@ -50,9 +50,6 @@ def composition_items(
     return [{"numbers": numbers[a:b], "amounts": shares[a:b]} for a, b in zip([0, *ends[:-1]], ends, strict=True)]
 
 # %% ../../nbs/represent/22_composition.ipynb #22c0a012
-BATCH_KEYS.update(amounts="[N] float32, share of an element in its composition; those of a record sum to one",
-                  space_group="[B] int64, number of the space group, 0 where it is unknown")
-
 @representations.register("composition")
 @dataclass(frozen=True)
 class Composition(Spec):

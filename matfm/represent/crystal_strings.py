@@ -20,6 +20,7 @@ from ..core import BadInput, Item
 from ..data.records import NUMBERS, SYMBOLS, Crystal, lattice_from_parameters
 from ..registry import representations
 from .crystal import crystal_arrays, neighbours
+from .primitive import primitive_cell
 from .sequence import ELEMENTS, SPECIALS, Tokens
 
 # %% auto #0
@@ -430,9 +431,8 @@ def bonds(
     i, j, image, distance = neighbours(lattice, frac, cutoff)
     nearest = np.full(len(frac), np.inf)
     np.minimum.at(nearest, i, distance)
-    flat = (image != 0) @ np.array([9, 3, 1])  # the first image that is not zero decides which of the two directions is kept
-    sign = np.sign((image * 7.0 ** np.arange(6, 0, -2)).sum(1))
-    once = (i < j) | ((i == j) & (sign > 0) & (flat > 0))
+    ahead = image[np.arange(len(image)), (image != 0).argmax(1)] > 0  # of a site and its own image, one of the two directions is kept
+    once = (i < j) | ((i == j) & ahead)
     keep = once & (distance <= (1 + slack) * np.maximum(nearest[i], nearest[j]) + 1e-6)
     return np.stack([i, j], 1)[keep], image[keep]
 
@@ -457,7 +457,6 @@ def quotient_graph(
     slack: float = 0.2,   # bonds reach 1 + slack times the nearest distance; more where the net would otherwise not be one in three dimensions
 ) -> QuotientGraph:
     "The labelled quotient graph of the primitive cell."
-    from matfm.models.sitenet import primitive_cell
     lattice, frac, numbers = primitive_cell(*crystal_arrays(crystal))
     for reach in slack * 1.5 ** np.arange(12):
         cutoff = (1 + reach) * max(np.linalg.norm(lattice, axis=1).max(), 2.0)
