@@ -5,6 +5,8 @@ VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 PY     := $(VENV)/bin/python
 export MPLBACKEND ?= agg
+# Compiled modules are kept: without them every process compiles hundreds of files again before it does anything.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help quickstart test site lab clean
 help:  ## what can be made

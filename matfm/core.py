@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # %% auto #0
-__all__ = ['T', 'BATCH_KEYS', 'Item', 'Batch', 'MatfmError', 'BadInput', 'DataUnavailable', 'ChecksumMismatch', 'TooManyRejected',
-           'nearest', 'UnknownName', 'pick', 'MissingExtra', 'require', 'unit_registry', 'check_unit', 'convert',
-           'canonical_json', 'sha256_text', 'sha256_file', 'atomic_write', 'Spec', 'Encoded', 'Representation',
-           'Encoder', 'Objective', 'Potential', 'Generator', 'Oracle', 'seed_everything']
+__all__ = ['T', 'COMMON_UNITS', 'BATCH_KEYS', 'Item', 'Batch', 'MatfmError', 'BadInput', 'DataUnavailable', 'ChecksumMismatch',
+           'TooManyRejected', 'nearest', 'UnknownName', 'pick', 'MissingExtra', 'require', 'unit_registry',
+           'check_unit', 'convert', 'canonical_json', 'sha256_text', 'sha256_file', 'atomic_write', 'Spec', 'Encoded',
+           'Representation', 'Encoder', 'Objective', 'Potential', 'Generator', 'Oracle', 'seed_everything']
 
 # %% ../nbs/00_core.ipynb #c16fceca
 class MatfmError(Exception):
@@ -102,10 +102,13 @@ def unit_registry() -> Any:
     u.define("formula_unit = [formula_count]")
     return u
 
+COMMON_UNITS = frozenset(["", "eV", "meV", "eV/atom", "meV/atom", "kcal/mol", "kJ/mol", "K", "GPa", "Å", "1/cm", "g/cm^3", "MPa", "J/m^2"])  # known without asking pint
+
 def check_unit(
     unit: str,  # e.g. `"eV/atom"`; empty for a pure number
 ) -> str:
     "`unit` itself if it is a known unit; otherwise `BadInput`."
+    if unit in COMMON_UNITS: return unit
     try: unit_registry().Unit(unit or "dimensionless")
     except Exception as e: raise BadInput(f"unknown unit {unit!r}: {e}") from e
     return unit

@@ -190,7 +190,7 @@ def test_tables_page_takes_folders(cells, tmp_path):
         assert records.ids == ["a", "c"] and records.targets == {"K (GPa)": "GPa"} and len(rejected) == 4
     (cells / "targets.csv").unlink()
     assert len(read_unlabelled(cells)[0]) == 4
-    with pytest.raises(BadInput, match="not both"): read_labelled(cells, "y", "a", "b")
+    with pytest.raises(BadInput, match="one of smiles"): read_labelled(cells, "y", "a", "b")
 
 
 def test_one_file_of_structures(tmp_path):

@@ -6,6 +6,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from matfm.adapt import features
 from matfm.core import BadInput
 from matfm.data.records import Records, molecules
 from matfm.evaluate.baselines import Dummy, EcfpForest, EcfpSvm, Platt, dealt_folds, svm_settings, tanimoto
@@ -124,7 +125,7 @@ def test_folder_gives_the_same_bits(model, table, tmp_path):
 def test_the_light_model_predicts_alone_what_it_was_asked_for(table, tmp_path):
     spec = stacked.LIGHT.replace(folds=2)
     light = fit_stacked(table.take(np.arange(80)), spec)
-    assert [list(t.members) for t in light.targets] == [["circular"]] * 3 and light.descriptors is None and light.encoder is None and light.uses == {"prints"}
+    assert [list(t.members) for t in light.targets] == [["circular"]] * 3 and light.reader.descriptors is None and light.reader.encoder is None and light.uses == {"prints"}
     held = table.take(np.arange(80, len(table)))
     p = light.predict(held)[0]
     y = held.y("logp")[:, 0]
@@ -141,8 +142,8 @@ def test_features_that_nothing_depends_on_are_not_calculated(model, table):
     plain = replace(t, members={"kernel": replace(kernel, spec=kernel.spec.replace(share=1.0, learnt=0.0)), "boosting": t.members["boosting"]}, weights=np.array([1.0, 0.0]), spread=t.spread.replace(apart=0.0))
     lean = replace(model, targets=[plain])
     assert lean.uses == {"prints"} and list(plain.active) == ["kernel"] and model.uses >= {"descriptors"}
-    F, kept, _ = stacked.features_of(table, model.descriptors, model.encoder)
-    similar = stacked.print_similarity(F, model.train)
+    F, kept, _ = model.reader(table)
+    similar = features.print_similarity(F, model.train)
     scores = np.column_stack([m.scores(F, similar, model.train) for m in plain.members.values()])
     wanted = plain.predict(scores, stacked.nearest(F, model.train))
     made = lean.predict(table)[0]
@@ -153,7 +154,7 @@ def test_features_that_nothing_depends_on_are_not_calculated(model, table):
 def test_damaged_folders_are_refused(model, tmp_path):
     model.save_pretrained(tmp_path)
     text = (tmp_path / "stacked.json").read_text()
-    for change, message in [({"format": 2}, "format 2"), ({"weights_sha256": "0"}, "checksum"), ({"targets": [{}]}, "not complete")]:
+    for change, message in [({"format": 3}, "format 3"), ({"weights_sha256": "0"}, "checksum"), ({"targets": [{}]}, "not complete")]:
         (tmp_path / "stacked.json").write_text(json.dumps({**json.loads(text), **change}))
         with pytest.raises(BadInput, match=message): Stacked.load(tmp_path)
     (tmp_path / "stacked.json").write_text(text[:100])
@@ -187,7 +188,7 @@ def test_bad_input_is_named(table):
     with pytest.raises(BadInput, match="not binary"): fit_stacked(table, kinds={"logp": "binary"})
     with pytest.raises(BadInput, match="at least 10"): fit_stacked(table.take(np.arange(6)))
     salt = Records(pl.DataFrame({"id": ["a"], "formula": ["NaCl"]}), "composition", {})
-    with pytest.raises(BadInput, match="kind of record"): stacked.features_of(salt, stacked.quick_descriptors())
+    with pytest.raises(BadInput, match="kind of record"): features.molecule_features(salt, features.quick_descriptors())
 
 
 def test_constant_and_rare_targets(table):
@@ -205,9 +206,9 @@ def test_unary_bits_are_the_minimum_of_counts():
         a, b = ({int(c): int(n) for c, n in zip(codes, rng.integers(0, 8, 30), strict=True) if n} for _ in range(2))
         both = sum(min(a.get(c, 0), b.get(c, 0)) for c in set(a) | set(b))
         either = sum(max(a.get(c, 0), b.get(c, 0)) for c in set(a) | set(b))
-        A, B = stacked.unary_bits([a]), stacked.unary_bits([b])
+        A, B = features.unary_bits([a]), features.unary_bits([b])
         assert tanimoto(A, B)[0, 0] == pytest.approx(both / either)
-        assert np.array_equal(stacked.Overlap(stacked.unary_bits([b, a, {}]))(A), tanimoto(A, stacked.unary_bits([b, a, {}])))
+        assert np.array_equal(features.Overlap(features.unary_bits([b, a, {}]))(A), tanimoto(A, features.unary_bits([b, a, {}])))
 
 
 # ---- the baseline ----------------------------------------------------------------------------------------------------

@@ -98,7 +98,7 @@ def test_one_row_out_for_each_row_in(folder, structures):
 
 
 @pytest.mark.parametrize("content,message", [(b"", "is empty"), (b"\n \n", "is empty"), (b"smiles,y\n", "header but no rows"), (b"a,y\nC,1\n", "no structure column"), (b"smiles,z\nC,1\n", "unknown column 'y'"),
-                                             (b"smiles,y\nC,large\nCC,1\nCCC,\n", "2 of 3 rows"), (b"formula,y\nNaCl,1\n", "this table has compositions only")])
+                                             (b"smiles,y\nC,large\nCC,1\nCCC,\n", "2 of 3 rows"), (b"rxn,y\nCCO>>CC=O,1\n", "this table has reactions")])
 def test_bad_tables(tmp_path, content, message):
     (tmp_path / "t.csv").write_bytes(content)
     with pytest.raises(BadInput, match=message): finetune_table(read_labelled(tmp_path / "t.csv", "y")[0], tmp_path / "out")

@@ -10,56 +10,54 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cache, cached_property
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
 
+from .features import LEVELS, SLOTS, Features, bit_matrix, mean_similarity, print_similarity
+from .material_features import Reader, load_reader, reader_for
 from ..core import BadInput, Spec, atomic_write, pick, sha256_file
-from ..data.records import Records, Rejected, molecules
-from ..evaluate.baselines import Platt, dealt_folds, squared_distance, tanimoto
+from ..data.records import Records, Rejected
+from ..evaluate.baselines import Platt, dealt_folds, squared_distance
 from ..evaluate.metrics import evaluate
 from ..evaluate.uncertainty import SplitConformal
-from ..represent.descriptors import MoleculeDescriptors
-from ..represent.molecule import read_molecule
-from ..run.results import Metric, html_table
+from ..run.results import Metric, html_table, usable_cores
 
 if TYPE_CHECKING:
     from matfm.models.heads import Task
-    from matfm.models.zoo import Pretrained
 
 # %% auto #0
-__all__ = ['MEMBERS', 'PRINTS', 'SHIPPED', 'LIGHT', 'LEVELS', 'SLOTS', 'SLOW', 'SHARES', 'LEARNT', 'LENGTHS', 'NOISES', 'FOLDED',
-           'MIN_ROWS', 'StackedSpec', 'bit_matrix', 'unary_bits', 'Overlap', 'quick_descriptors', 'Features',
-           'encoder_of', 'embeddings', 'features_of', 'Scaler', 'KernelSpec', 'print_similarity', 'mean_similarity',
-           'loo_predictions', 'choose_kernel', 'KernelMember', 'solve_kernel', 'fit_kernel', 'tree_columns', 'Trees',
-           'flat_trees', 'joined_trees', 'grow', 'BoostingMember', 'fit_boosting', 'squared_error', 'logit_loss',
-           'blend', 'Scale', 'choose_scale', 'Spread', 'Target', 'fit_members', 'contributions', 'usable_folds',
-           'nearest', 'fit_target', 'Stacked', 'predict_batch', 'stream_predictions', 'said', 'stacked_html',
-           'kinds_of', 'fit_stacked', 'save_stacked', 'read_stacked', 'load_stacked']
+__all__ = ['MEMBERS', 'LIGHT', 'MATERIALS', 'SHARES', 'LEARNT', 'LENGTHS', 'NOISES', 'FOLDED', 'MIN_ROWS', 'StackedSpec',
+           'default_spec', 'Scaler', 'KernelSpec', 'loo_predictions', 'choose_kernel', 'KernelMember', 'solve_kernel',
+           'fit_kernel', 'tree_columns', 'Trees', 'flat_trees', 'joined_trees', 'grow', 'BoostingMember',
+           'fit_boosting', 'TreesMember', 'fit_trees', 'squared_error', 'absolute_error', 'logit_loss', 'blend',
+           'Scale', 'choose_scale', 'Spread', 'Target', 'fit_members', 'contributions', 'usable_folds', 'nearest',
+           'judged', 'fit_target', 'Stacked', 'predict_batch', 'stream_predictions', 'said', 'stacked_html', 'kinds_of',
+           'fit_stacked', 'save_stacked', 'read_stacked', 'load_stacked']
 
 # %% ../../nbs/adapt/68_stacked.ipynb #st000005
-MEMBERS = ("kernel", "boosting", "circular")
-PRINTS = ("ecfp", "fcfp", "atom_pair", "topological_torsion")
-SHIPPED = "matfm-graph-small"
+MEMBERS = ("kernel", "boosting", "trees", "circular")
 
 # %% ../../nbs/adapt/68_stacked.ipynb #st000006
 @dataclass(frozen=True)
 class StackedSpec(Spec):
-    "How to fit. The defaults are meant for 50 to 10,000 molecules."
+    "How to fit. The defaults are meant for 50 to 10,000 molecules; see `MATERIALS` for compositions and crystals."
     members: tuple[str, ...] = MEMBERS[:2]  # in order of benefit per second
     folds: int = 5               # every molecule is predicted by models that saw the other folds
     budget: float | None = None  # seconds; None: no limit
     level: float = 0.9           # share of truths that an interval is to hold
     kernel_rows: int = 4000      # landmarks of the kernel; its time grows with their cube
-    encoder: str = "auto"        # checkpoint or folder of a pretrained encoder of molecules; "auto": the shipped one; "": none
+    encoder: str = "auto"        # checkpoint or folder of a pretrained encoder; "auto": the shipped one; "": none
+    aim: str = "squared"         # the error that weights and scales are to make small: "squared" or "absolute"
     seed: int = 0
 
     def check(self) -> None:
+        pick(self.aim, ["squared", "absolute"], "aim")
         if not self.members: raise BadInput("name at least one member")
         for name in self.members: pick(name, MEMBERS, "member")
         if len(set(self.members)) < len(self.members): raise BadInput(f"a member is named twice: {', '.join(self.members)}")
@@ -72,142 +70,14 @@ class StackedSpec(Spec):
 
     @property
     def light(self) -> bool: return self.members == ("circular",)
-    @property
-    def prints(self) -> tuple[str, ...]: return PRINTS[:2] if self.light else PRINTS
 
+# %% ../../nbs/adapt/68_stacked.ipynb #st000006a
 LIGHT = StackedSpec(members=("circular",))
+MATERIALS = StackedSpec(members=("kernel", "trees"), aim="absolute")
 
-
-# %% ../../nbs/adapt/68_stacked.ipynb #st000009
-LEVELS, SLOTS = 8, 2**16  # occurrences that are told apart; slots for patterns
-
-@cache
-def _generator(name: str) -> Any:
-    from rdkit.Chem import rdFingerprintGenerator as g
-    if name == "fcfp": return g.GetMorganGenerator(radius=2, atomInvariantsGenerator=g.GetMorganFeatureAtomInvGen())
-    return g.GetMorganGenerator(radius=2) if name == "ecfp" else g.GetAtomPairGenerator() if name == "atom_pair" else g.GetTopologicalTorsionGenerator()
-
-# %% ../../nbs/adapt/68_stacked.ipynb #st000010
-def bit_matrix(
-    columns: np.ndarray,  # [k], the bits that are set, molecule after molecule
-    ends: np.ndarray,     # [n + 1], where each molecule's bits begin and end
-) -> Any:                 # scipy sparse matrix [n, SLOTS × LEVELS] float32
-    "Molecules' bits as a matrix."
-    from scipy.sparse import csr_matrix
-    return csr_matrix((np.ones(len(columns), np.float32), columns, ends), shape=(len(ends) - 1, SLOTS * LEVELS))
-
-
-# %% ../../nbs/adapt/68_stacked.ipynb #st000011
-def unary_bits(
-    counts: Sequence[Mapping[int, int]],  # of each molecule: how often each pattern occurs
-) -> Any:                                 # scipy sparse matrix [n, SLOTS × LEVELS] float32
-    "Counts with one bit for each occurrence; all molecules at once."
-    patterns = np.array([len(c) for c in counts], np.int64)
-    codes = np.fromiter(chain.from_iterable(counts), np.uint64, int(patterns.sum()))
-    n = np.minimum(np.fromiter(chain.from_iterable(c.values() for c in counts), np.int64, len(codes)), LEVELS)
-    first = np.repeat(np.arange(len(counts)), patterns) * SLOTS + ((codes * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(48)).astype(np.int64)
-    level = np.arange(n.sum()) - np.repeat(np.cumsum(n) - n, n)
-    bits = np.unique(np.repeat(first, n) * LEVELS + level)
-    ends = np.searchsorted(bits, np.arange(len(counts) + 1) * (SLOTS * LEVELS))
-    return bit_matrix((bits % (SLOTS * LEVELS)).astype(np.int32), ends)
-
-
-# %% ../../nbs/adapt/68_stacked.ipynb #st200002
-class Overlap:
-    "Tanimoto similarities to molecules that stay the same, e.g. the training molecules."
-    def __init__(self, bits: Any, common: float = 0.03):  # sparse [N, SLOTS × LEVELS]; share of molecules from which on a bit is common
-        seen = np.bincount(bits.indices, minlength=bits.shape[1])
-        self.common, self.rare = (np.flatnonzero(chosen) for chosen in (seen > common * bits.shape[0], (seen > 0) & (seen <= common * bits.shape[0])))
-        self.dense, self.sparse = np.ascontiguousarray(bits[:, self.common].toarray().T), bits[:, self.rare].T.tocsr()
-        self.size = bits.getnnz(axis=1).astype(np.float32)
-
-    def __call__(self, bits: Any) -> np.ndarray:  # [n, SLOTS × LEVELS] -> [n, N] float32
-        both = (bits[:, self.rare] @ self.sparse).toarray()
-        both += bits[:, self.common].toarray() @ self.dense
-        either = bits.getnnz(axis=1).astype(np.float32)[:, None] + self.size - both
-        return np.where(either > 0, both / np.maximum(either, 1), np.float32(1))
-
-
-# %% ../../nbs/adapt/68_stacked.ipynb #st000014
-SLOW = ("BCUT2D", "qed", "SPS")
-
-@cache
-def quick_descriptors() -> MoleculeDescriptors:
-    "RDKit's descriptors without the slow ones."
-    return MoleculeDescriptors(tuple(n for n in MoleculeDescriptors.everything().use if not n.startswith(SLOW)))
-
-
-# %% ../../nbs/adapt/68_stacked.ipynb #st200004
-@dataclass(eq=False)
-class Features:
-    "Molecules as the members see them."
-    prints: tuple[Any, ...]  # of each fingerprint the bits, sparse [n, SLOTS × LEVELS]
-    descriptors: np.ndarray  # [n, D] float32; D = 0 without descriptors
-    embedding: np.ndarray    # [n, d] float32; d = 0 without an encoder
-
-    def __len__(self) -> int: return len(self.descriptors)
-    def take(self, rows: np.ndarray) -> Features: return Features(tuple(p[rows] for p in self.prints), self.descriptors[rows], self.embedding[rows])
-    @property
-    def dense(self) -> tuple[np.ndarray, ...]:
-        "Descriptors and the embedding, as far as there are any."
-        return tuple(X for X in (self.descriptors, self.embedding) if X.shape[1])
-
-    @cached_property
-    def overlaps(self) -> tuple[Overlap, ...]: return tuple(Overlap(p) for p in self.prints)
-
-
-# %% ../../nbs/adapt/68_stacked.ipynb #st100002
-def encoder_of(
-    name: str,          # checkpoint or folder; "auto": the shipped one, if it is there; "": none
-) -> Pretrained | None:
-    "The pretrained encoder that a specification asks for."
-    from matfm.models.zoo import checkpoints, load_pretrained
-    if name == "auto": name = SHIPPED if SHIPPED in checkpoints() else ""
-    if not name: return None
-    found = load_pretrained(name)
-    if found.representation.domain != "molecule": raise BadInput(f"{name} reads {found.representation.domain}s; a stacked predictor needs an encoder of molecules")
-    return found
-
-def embeddings(
-    encoder: Pretrained,
-    items: Sequence[Any],  # of its representation
-    batch: int = 64,       # molecules of about the same size at a time
-) -> np.ndarray:           # [n, d] float32
-    "One vector per molecule."
-    import torch
-    sizes = np.array([encoder.representation.size(i) for i in items], np.int64)
-    out, order = np.zeros((len(items), encoder.encoder.width), np.float32), np.argsort(sizes, kind="stable")
-    with torch.inference_mode():
-        for rows in (order[k:k + batch] for k in range(0, len(order), batch)):
-            out[rows] = encoder.encoder(encoder.representation.collate([items[i] for i in rows])).embedding.float().numpy()
-    return out
-
-# %% ../../nbs/adapt/68_stacked.ipynb #st000016
-def features_of(
-    records: Records,
-    descriptors: MoleculeDescriptors | None,
-    encoder: Pretrained | None = None,
-    prints: Sequence[str] = PRINTS,
-) -> tuple[Features, np.ndarray, Rejected]:
-    "Features of the molecules that can be read, their row numbers [n], and the others."
-    from rdkit import rdBase
-    from rdkit.Chem import MolFromSmiles
-    pick(records.domain, ["molecule"], "kind of record for a stacked predictor")
-    mols, items, kept, bad = [], [], [], []
-    with rdBase.BlockLogs():  # once; `read_molecule`, which blocks and explains, has the last word on what fails
-        for i, smiles in enumerate(records.structures()):
-            try:
-                mol = MolFromSmiles(smiles) if isinstance(smiles, str) else None
-                if mol is None or mol.GetNumAtoms() == 0: mol = read_molecule(smiles)
-                if encoder is not None: items.append(encoder.representation(smiles))
-            except BadInput as e: bad.append((records.ids[i], i, smiles, str(e)))
-            else:
-                mols.append(mol)
-                kept.append(i)
-    bits = tuple(unary_bits([g.GetSparseCountFingerprint(mol).GetNonzeroElements() for mol in mols]) for g in map(_generator, prints))
-    empty = np.zeros((len(mols), 0), np.float32)
-    values = empty if descriptors is None else descriptors.rows(mols) if mols else np.zeros((0, len(descriptors.names)), np.float32)
-    return Features(bits, values, empty if encoder is None else embeddings(encoder, items)), np.array(kept, np.int64), Rejected(bad)
+def default_spec(domain: str, light: bool = False) -> StackedSpec:
+    "What to fit to a kind of record."
+    return LIGHT if light else StackedSpec() if domain == "molecule" else MATERIALS
 
 
 # %% ../../nbs/adapt/68_stacked.ipynb #st000019
@@ -251,14 +121,6 @@ class KernelSpec(Spec):
         K = (1 - self.learnt) * (self.share * similar + ((1 - self.share) * np.exp(-distances[0] / self.length) if self.share < 1 else 0))
         return K + self.learnt * np.exp(-distances[1] / self.length) if self.learnt else K
 
-def print_similarity(A: Features, B: Features) -> np.ndarray:
-    "Mean Tanimoto similarity over the fingerprints, [n, m] float64."
-    return mean_similarity([o(a) for a, o in zip(A.prints, B.overlaps, strict=True)])
-
-def mean_similarity(each: Sequence[np.ndarray]) -> np.ndarray:
-    total = each[0].astype(np.float64)
-    for one in each[1:]: total += one
-    return total / len(each)
 
 # %% ../../nbs/adapt/68_stacked.ipynb #st000024
 def loo_predictions(
@@ -381,13 +243,16 @@ class Trees:
     right: np.ndarray   # [nodes] int32; the left child is the next node
     roots: np.ndarray   # [trees] int64
 
-    def __call__(self, X: np.ndarray) -> np.ndarray:  # [n, columns] float32 -> [n] float64
+    def __call__(self, X: np.ndarray) -> np.ndarray: return self.leaves(X).sum(axis=1, dtype=np.float64)  # [n, columns] float32 -> [n]
+
+    def leaves(self, X: np.ndarray) -> np.ndarray:  # [n, columns] float32 -> [n, trees] float32
+        "What each tree answers."
         node = np.tile(self.roots, (len(X), 1))
         rows = np.arange(len(X))[:, None]
         while True:
             column = self.column[node]
             inner = column >= 0
-            if not inner.any(): return self.value[node].sum(axis=1, dtype=np.float64)
+            if not inner.any(): return self.value[node]
             left = X[rows, column] <= self.value[node]
             node = np.where(inner, np.where(left, node + 1, self.right[node]), node)
 
@@ -407,10 +272,10 @@ def flat_trees(
     return Trees(np.concatenate(column).astype(np.int32), np.concatenate(value).astype(np.float32), np.concatenate(right).astype(np.int32), starts[:-1].astype(np.int64))
 
 # %% ../../nbs/adapt/68_stacked.ipynb #st000038
-def joined_trees(parts: Sequence[Trees]) -> Trees:
-    "The mean of several ensembles."
+def joined_trees(parts: Sequence[Trees], mean: bool = True) -> Trees:
+    "All trees of several ensembles; with `mean` their sum is the mean of the ensembles' sums."
     starts = np.cumsum([0, *(len(p.column) for p in parts)])
-    value = np.concatenate([np.where(p.column < 0, p.value / len(parts), p.value) for p in parts])
+    value = np.concatenate([np.where(p.column < 0, p.value / (len(parts) if mean else 1), p.value) for p in parts])
     right, roots = (np.concatenate([getattr(p, k) + s for p, s in zip(parts, starts, strict=False)]) for k in ("right", "roots"))
     return Trees(np.concatenate([p.column for p in parts]), value.astype(np.float32), right.astype(np.int32), roots)
 
@@ -455,17 +320,62 @@ def fit_boosting(
     X = tree_columns(F)
     columns = np.flatnonzero((X != 0).sum(axis=0) >= 3)
     X, begun = np.ascontiguousarray(X[:, columns]), time.perf_counter()
-    jobs = [(fold, k) for fold in folds for k in range(fold.max() + 1)]
+    held = [fold == k for fold in folds for k in range(fold.max() + 1)]
     grown, out = [], np.zeros(len(z))
-    for done, (fold, k) in enumerate(jobs, start=1):
-        held = fold == k
-        grown.append(grow(kind, X[~held], z[~held], spec.seed * 1000 + done))
-        out[held] += grown[-1](X[held]) / len(folds)
-        if until is not None and begun + (time.perf_counter() - begun) / done * len(jobs) > until: return None
+    with ThreadPoolExecutor(usable_cores()) as pool:  # scikit-learn grows trees outside Python's lock
+        jobs = [pool.submit(lambda h, seed: grow(kind, X[~h], z[~h], seed), h, spec.seed * 1000 + j) for j, h in enumerate(held, start=1)]
+        for done, (h, job) in enumerate(zip(held, jobs, strict=True), start=1):
+            grown.append(job.result())
+            out[h] += grown[-1](X[h]) / len(folds)
+            if until is not None and begun + (time.perf_counter() - begun) / done * len(jobs) > until:
+                pool.shutdown(cancel_futures=True)
+                return None
     return BoostingMember(joined_trees(grown), columns), out
+
+# %% ../../nbs/adapt/68_stacked.ipynb #st300002
+@dataclass(eq=False)
+class TreesMember:
+    "The trees of all folds; each answers by itself."
+    trees: Trees
+    columns: np.ndarray  # [k] columns of `tree_columns` that are used
+    middle: str          # "mean" or "median"
+
+    @property
+    def uses(self) -> set[str]: return {"descriptors"}
+    def __call__(self, X: np.ndarray) -> np.ndarray: return getattr(np, self.middle)(self.trees.leaves(X), axis=1).astype(np.float64)
+    def scores(self, F: Features, similar: np.ndarray, train: Features) -> np.ndarray: return self(tree_columns(F)[:, self.columns])
+    def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]: return {"middle": self.middle}, {"columns": self.columns, **vars(self.trees)}
+    @classmethod
+    def restore(cls, config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> TreesMember:
+        return cls(Trees(*(arrays[k] for k in ("column", "value", "right", "roots"))), arrays["columns"], pick(config["middle"], ["mean", "median"], "middle"))
+
+# %% ../../nbs/adapt/68_stacked.ipynb #st300003
+def fit_trees(
+    kind: str,
+    F: Features,
+    z: np.ndarray,        # [n], standardised, or 0 and 1
+    folds: np.ndarray,    # [repeats, n]
+    spec: StackedSpec,
+    until: float | None,  # time (of `time.perf_counter`) at which the member must be ready; None: any
+    trees: int = 100,     # for each fold
+) -> tuple[TreesMember, np.ndarray] | None:
+    "The member and its out-of-fold scores; None when the first ensembles show that time will not do."
+    from sklearn.ensemble import ExtraTreesRegressor
+    X, middle = tree_columns(F), "median" if kind == "regression" and spec.aim == "absolute" else "mean"
+    columns = np.flatnonzero((X != 0).sum(axis=0) >= 3)
+    X, begun = np.ascontiguousarray(X[:, columns]), time.perf_counter()
+    held = [fold == k for fold in folds for k in range(fold.max() + 1)]
+    grown, out = [], np.zeros(len(z))
+    for done, h in enumerate(held, start=1):
+        forest = ExtraTreesRegressor(trees, max_features=1 / 3, random_state=spec.seed * 1000 + done, n_jobs=usable_cores()).fit(X[~h], z[~h])
+        grown.append(flat_trees([t.tree_ for t in forest.estimators_], 1.0))
+        out[h] += TreesMember(grown[-1], columns, middle)(X[h]) / len(folds)
+        if until is not None and begun + (time.perf_counter() - begun) / done * len(held) > until: return None
+    return TreesMember(joined_trees(grown, mean=False), columns, middle), out
 
 # %% ../../nbs/adapt/68_stacked.ipynb #st000046
 def squared_error(y: np.ndarray, p: np.ndarray) -> float: return float(((y - p) ** 2).mean())
+def absolute_error(y: np.ndarray, p: np.ndarray) -> float: return float(np.abs(y - p).mean())
 def logit_loss(y: np.ndarray, p: np.ndarray) -> float: return float(np.logaddexp(0, np.where(y > 0.5, -p, p)).mean())
 
 # %% ../../nbs/adapt/68_stacked.ipynb #st000047
@@ -520,6 +430,7 @@ def choose_scale(
     similar: np.ndarray,  # [n, n]
     y: np.ndarray,        # [n]
     seed: int,
+    aim: str = "squared",
     tune: int = 500,      # rows that decide
 ) -> Scale:
     "The scale with the smallest leave-one-out error of the values themselves."
@@ -529,7 +440,8 @@ def choose_scale(
     some = np.sort(np.random.default_rng([seed, 2]).permutation(len(y))[:tune])
     scales = [plain, Scale.fit("rank", y), *([Scale.fit("log", y)] if y.min() > 0 else [])]
     apart = [Scaler.fit(X).distance(X[some], X[some]) for X in F.dense]
-    errors = [squared_error(y[some], s.invert(choose_kernel(similar[np.ix_(some, some)], apart, s.apply(y[some]))[1])) for s in scales]
+    error = squared_error if aim == "squared" else absolute_error
+    errors = [error(y[some], s.invert(choose_kernel(similar[np.ix_(some, some)], apart, s.apply(y[some]))[1])) for s in scales]
     return scales[int(np.argmin(errors))]
 
 # %% ../../nbs/adapt/68_stacked.ipynb #st000054
@@ -614,7 +526,8 @@ def fit_members(
         limit = until if members else None  # the first must come to an end
         if limit is not None and begun >= limit: break
         centred = (z - z.mean()) / (z.std() or 1.0)
-        made: Any = fit_kernel(F, similar, centred, folds, spec) if name != "boosting" else fit_boosting(kind, F, z, folds, spec, limit)
+        grown: Any = {"boosting": fit_boosting, "trees": fit_trees}.get(name)
+        made: Any = fit_kernel(F, similar, centred, folds, spec) if grown is None else grown(kind, F, z, folds, spec, limit)
         if made is None: continue
         members[name], seconds[name] = made[0], round(time.perf_counter() - begun, 2)
         scores.append(made[1])
@@ -624,19 +537,19 @@ def fit_members(
 def contributions(
     names: Sequence[str],
     P: np.ndarray,        # [n, M], out-of-fold answers on the scale of learning, or logits
-    y: np.ndarray,        # [n], on the same scale, or classes
-    kind: str,
+    y: np.ndarray,        # [n], what `loss` compares them with
+    loss: Callable[[np.ndarray, np.ndarray], float],
     seconds: Mapping[str, float],
 ) -> tuple[np.ndarray, list[dict[str, Any]]]:
     "The weights, and for each member its weight, its own error, and the error of the others alone."
-    loss = logit_loss if kind == "binary" else lambda a, b: float(np.sqrt(squared_error(a, b)))
-    w = blend(P, y, logit_loss if kind == "binary" else squared_error)
-    whole, rows = loss(y, P @ w), []
+    w = blend(P, y, loss)
+    shown: Any = np.sqrt if loss is squared_error else float
+    whole, rows = shown(loss(y, P @ w)), []
     for k, name in enumerate(names):
         others = np.delete(P, k, axis=1)
-        without = loss(y, others @ blend(others, y, logit_loss if kind == "binary" else squared_error)) if len(names) > 1 else None
-        rows.append({"member": name, "weight": round(float(w[k]), 3), "error alone": round(loss(y, P[:, k]), 4),
-                     "error without it": None if without is None else round(without, 4), "error of all": round(whole, 4), "seconds": seconds[name]})
+        without = shown(loss(y, others @ blend(others, y, loss))) if len(names) > 1 else None
+        rows.append({"member": name, "weight": round(float(w[k]), 3), "error alone": round(float(shown(loss(y, P[:, k]))), 4),
+                     "error without it": None if without is None else round(float(without), 4), "error of all": round(float(whole), 4), "seconds": seconds[name]})
     return w, rows
 
 # %% ../../nbs/adapt/68_stacked.ipynb #st000061
@@ -660,6 +573,18 @@ def nearest(
     first = train.overlaps[0](F.prints[0])
     return (first if apart is None else np.where(apart, first, 0)).max(axis=1).astype(np.float64)
 
+# %% ../../nbs/adapt/68_stacked.ipynb #st000062b
+def judged(
+    t: Target,
+    scores: np.ndarray,  # [n, M], out of fold
+    y: np.ndarray,       # [n]
+    z: np.ndarray,       # [n], on the scale of learning
+    aim: str,
+) -> tuple[np.ndarray, np.ndarray, Callable[[np.ndarray, np.ndarray], float]]:
+    "What weights are chosen by: the members' answers, the truth, and the loss between them."
+    if t.kind == "binary": return t.answers(scores), z, logit_loss
+    return (scores, z, squared_error) if aim == "squared" else (scores, y, lambda a, p: absolute_error(a, t.scale.invert(p)))
+
 # %% ../../nbs/adapt/68_stacked.ipynb #st000063
 def fit_target(
     name: str,
@@ -673,12 +598,13 @@ def fit_target(
 ) -> Target:
     "Members, weights and intervals of one target."
     folds = usable_folds(name, kind, y, spec)
-    scale = choose_scale(F, similar, y, spec.seed) if kind == "regression" else Scale()
+    scale = choose_scale(F, similar, y, spec.seed, spec.aim) if kind == "regression" else Scale()
     z = scale.apply(y)
     members, scores, seconds = fit_members(kind, F, similar, z, folds, spec, until)
     curves = tuple(Platt.fit(s, y) for s in scores.T) if kind == "binary" else ()
     made = Target(name, kind, unit, members, np.ones(0), {"rows": len(y), "repeats": len(folds)}, scale, curves)
-    made.weights, made.about["members"] = contributions(list(members), made.answers(scores) if kind == "binary" else scores, z, kind, seconds)
+    P, truth, loss = judged(made, scores, y, z, spec.aim)
+    made.weights, made.about["members"] = contributions(list(members), P, truth, loss, seconds)
     if kind == "binary": return made
     p, apart = made.combine(scores)
     near = nearest(F, F, folds[0][:, None] != folds[0])
@@ -691,11 +617,10 @@ def fit_target(
 class Stacked:
     "Predictors of a table's targets on shared features."
     spec: StackedSpec
-    descriptors: MoleculeDescriptors | None
+    reader: Reader
     train: Features
     targets: list[Target]
-    encoder: Pretrained | None
-    limit: float    # similarity to the nearest training molecule below which a molecule is out of the domain
+    limit: float    # similarity to the nearest training record below which a record is out of the domain
     rejected: Rejected = field(default_factory=Rejected.empty)  # training rows that could not be read
     batch: int = 500
 
@@ -714,9 +639,9 @@ class Stacked:
         done = [predict_batch(self, records.take(np.arange(s, min(s + self.batch, len(records)))), s) for s in range(0, max(len(records), 1), self.batch)]
         return pl.concat([d[0] for d in done]), Rejected(pl.concat([d[1].frame for d in done]))
 
-    def stream(self, smiles: Iterable[str]) -> Iterator[pl.DataFrame]:
-        "Predictions of any number of SMILES, a table a batch; `id` counts from 0."
-        return stream_predictions(self, smiles)
+    def stream(self, structures: Iterable[str]) -> Iterator[pl.DataFrame]:
+        "Predictions of any number of SMILES or formulas, a table a batch; `id` counts from 0."
+        return stream_predictions(self, structures)
 
     def evaluate(self, records: Records, seed: int = 0) -> list[Metric]:
         "Every metric of every target, with bootstrap intervals."
@@ -736,8 +661,8 @@ def predict_batch(
     first: int = 0,    # number of the batch's first row, for the rejected
 ) -> tuple[pl.DataFrame, Rejected]:
     "Predictions of one batch."
-    uses, prints = model.uses, model.spec.prints
-    F, kept, rejected = features_of(records, model.descriptors if "descriptors" in uses else None, model.encoder if "embedding" in uses else None, prints if "prints" in uses else prints[:1])
+    uses = model.uses
+    F, kept, rejected = model.reader(records, uses)
     each = [overlap(bits) for overlap, bits in zip(model.train.overlaps, F.prints, strict=False)]
     similar, near = mean_similarity(each) if "prints" in uses else np.zeros((len(F), len(model.train))), each[0].max(axis=1).astype(np.float64)
     columns: dict[str, Any] = {"id": records.ids}
@@ -753,12 +678,12 @@ def _spread_out(values: np.ndarray, rows: np.ndarray, n: int) -> np.ndarray:
     out[rows] = values
     return out
 
-def stream_predictions(model: Stacked, smiles: Iterable[str]) -> Iterator[pl.DataFrame]:
-    "Predictions batch by batch; molecules that cannot be read have no value."
-    source, first = iter(smiles), 0
+def stream_predictions(model: Stacked, structures: Iterable[str]) -> Iterator[pl.DataFrame]:
+    "Predictions batch by batch; what cannot be read has no value."
+    source, first = iter(structures), 0
     while batch := list(islice(source, model.batch)):
-        frame = pl.DataFrame({"id": [str(first + i) for i in range(len(batch))], "smiles": pl.Series(batch, dtype=pl.String)})
-        yield predict_batch(model, Records(frame, "molecule", {}, canonical=False))[0]
+        frame = pl.DataFrame({"id": [str(first + i) for i in range(len(batch))], model.reader.columns[0]: pl.Series(batch, dtype=pl.String)})
+        yield predict_batch(model, Records(frame, model.reader.domain, {}, canonical=False))[0]
         first += len(batch)
 
 # %% ../../nbs/adapt/68_stacked.ipynb #st000070
@@ -770,8 +695,9 @@ def said(t: Target) -> str:
 def stacked_html(model: Stacked) -> str:
     "What each member contributed to each target."
     out = f"<p><b>Stacked</b>: {len(model.train)} training molecules; in domain from similarity {model.limit:.2f}</p>"
+    error = "root mean squared error on the scale of learning" if model.spec.aim == "squared" else "mean absolute error"
     for t in model.targets:
-        measure = "log loss" if t.kind == "binary" else "root mean squared error on the scale of learning"
+        measure = "log loss" if t.kind == "binary" else error
         out += f"<p>{t.name} ({t.kind}, {t.about['rows']} molecules, scale {t.scale.kind}); errors: out-of-fold {measure}</p>{html_table(t.about['members'])}"
     return out
 
@@ -790,14 +716,14 @@ def kinds_of(records: Records, kinds: Mapping[str, str] | None) -> dict[str, str
 # %% ../../nbs/adapt/68_stacked.ipynb #st000072
 def fit_stacked(
     records: Records,                         # with targets; missing values are NaN
-    spec: StackedSpec = StackedSpec(),
+    spec: StackedSpec | None = None,          # None: `default_spec` of the domain
     kinds: Mapping[str, str] | None = None,   # target → "regression" or "binary"; None: as the values say
 ) -> Stacked:
     "Fit predictors of all targets."
-    begun, found, encoder = time.perf_counter(), kinds_of(records, kinds), None if spec.light else encoder_of(spec.encoder)
-    descriptors = None if spec.light else quick_descriptors()
+    spec = default_spec(records.domain) if spec is None else spec
+    begun, found, reader = time.perf_counter(), kinds_of(records, kinds), reader_for(records.domain, spec.encoder, spec.light, records.frame.columns)
     if not found: raise BadInput("the records have no targets to learn")
-    F, kept, rejected = features_of(records, descriptors, encoder, spec.prints)
+    F, kept, rejected = reader(records)
     rejected.check(len(records))
     similar, made = print_similarity(F, F), []
     for i, (name, kind) in enumerate(found.items()):
@@ -810,7 +736,7 @@ def fit_stacked(
         for m in made[-1].members.values():
             if not whole and isinstance(m, KernelMember): m.marks = there[m.marks]
     limit = float(np.quantile(nearest(F, F, ~np.eye(len(F), dtype=bool)), 0.05))
-    return Stacked(spec, descriptors, F, made, encoder, limit, rejected)
+    return Stacked(spec, reader, F, made, limit, rejected)
 
 # %% ../../nbs/adapt/68_stacked.ipynb #st000078
 def save_stacked(
@@ -822,19 +748,15 @@ def save_stacked(
     from safetensors.numpy import save_file
 
     folder, arrays, targets = Path(folder), {"descriptors": model.train.descriptors, "embedding": model.train.embedding}, []
-    for name, p in zip(model.spec.prints, model.train.prints, strict=True): arrays |= {f"{name}.columns": p.indices.astype(np.int32), f"{name}.ends": p.indptr.astype(np.int64)}
+    for name, p in zip(model.reader.prints, model.train.prints, strict=True): arrays |= {f"{name}.columns": p.indices.astype(np.int32), f"{name}.ends": p.indptr.astype(np.int64)}
     for i, t in enumerate(model.targets):
         states = {name: m.state() for name, m in t.members.items()}
         arrays |= {f"{i}.{name}.{k}": v for name, (_, a) in states.items() for k, v in a.items()}
         targets.append({"name": t.name, "kind": t.kind, "unit": t.unit, "members": {n: c for n, (c, _) in states.items()}, "weights": t.weights.tolist(), "about": t.about,
                         "scale": t.scale.to_dict(), "curves": [c.to_dict() for c in t.curves], "spread": t.spread and t.spread.to_dict(), "conformal": t.conformal and t.conformal.to_dict()})
     with atomic_write(folder / "model.safetensors") as path: save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, path)
-    config = {"format": 1, "spec": model.spec.to_dict(), "descriptors": list(model.descriptors.use) if model.descriptors else [], "encoder": model.encoder is not None, "limit": model.limit, "targets": targets,
-              "weights_sha256": sha256_file(folder / "model.safetensors")}
+    config = {"format": 2, "spec": model.spec.to_dict(), "reader": model.reader.save(folder), "limit": model.limit, "targets": targets, "weights_sha256": sha256_file(folder / "model.safetensors")}
     with atomic_write(folder / "stacked.json") as path: path.write_text(json.dumps(config, indent=1, allow_nan=False))
-    if model.encoder is not None:
-        from matfm.models.zoo import save_pretrained
-        save_pretrained(folder / "encoder", model.encoder)
     if factsheet is not None: factsheet.save(folder)
     return folder
 
@@ -848,9 +770,9 @@ def read_stacked(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         if not f.is_file(): raise BadInput(f"{folder} has no {f.name}: it is not a saved stacked predictor")
     try: config, arrays = json.loads(file.read_text()), load_file(weights)
     except (ValueError, SafetensorError) as e: raise BadInput(f"{folder} cannot be read (cut off?): {e}") from e
-    fields = ("format", "spec", "descriptors", "encoder", "limit", "targets", "weights_sha256")
+    fields = ("format", "spec", "reader", "limit", "targets", "weights_sha256")
     if not isinstance(config, dict) or set(config) != set(fields): raise BadInput(f"{file} must hold {', '.join(fields)}")
-    if config["format"] != 1: raise BadInput(f"{file} has format {config['format']!r}; this version reads format 1")
+    if config["format"] != 2: raise BadInput(f"{file} has format {config['format']!r}; this version reads format 2")
     if sha256_file(weights) != config["weights_sha256"]: raise BadInput(f"{weights} is not the file that stacked.json was written with (checksum differs)")
     return config, arrays
 
@@ -859,23 +781,18 @@ def load_stacked(folder: str | Path) -> Stacked:
     "Read a folder; offline, nothing unpickled."
     config, arrays = read_stacked(Path(folder))
     try:
-        spec = StackedSpec.from_dict(config["spec"])
-        prints = tuple(bit_matrix(arrays[f"{n}.columns"], arrays[f"{n}.ends"]) for n in spec.prints)
+        spec, reader = StackedSpec.from_dict(config["spec"]), load_reader(config["reader"], Path(folder))
+        prints = tuple(bit_matrix(arrays[f"{n}.columns"], arrays[f"{n}.ends"]) for n in reader.prints)
         _ = arrays["descriptors"], arrays["embedding"]
         targets = [_target(i, t, arrays) for i, t in enumerate(config["targets"])]
     except (KeyError, TypeError, IndexError) as e: raise BadInput(f"{folder} is not complete: {e}") from e
-    encoder = None
-    if config["encoder"]:  # torch is not loaded for a model without a network
-        from matfm.models.zoo import load_pretrained
-        encoder = load_pretrained(Path(folder) / "encoder")
-    train = Features(prints, arrays["descriptors"], arrays["embedding"])
-    return Stacked(spec, MoleculeDescriptors(tuple(config["descriptors"])) if config["descriptors"] else None, train, targets, encoder, config["limit"])
+    return Stacked(spec, reader, Features(prints, arrays["descriptors"], arrays["embedding"]), targets, config["limit"])
 
 # %% ../../nbs/adapt/68_stacked.ipynb #st000081
 def _target(i: int, t: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Target:
     members = {}
     for name, c in t["members"].items():
-        cls: Any = BoostingMember if pick(name, MEMBERS, "member") == "boosting" else KernelMember
+        cls: Any = {"boosting": BoostingMember, "trees": TreesMember}.get(pick(name, MEMBERS, "member"), KernelMember)
         members[name] = cls.restore(c, {k.split(".")[2]: v for k, v in arrays.items() if k.startswith(f"{i}.{name}.")})
     return Target(t["name"], t["kind"], t["unit"], members, np.array(t["weights"]), t["about"], Scale.from_dict(t["scale"]), tuple(Platt.from_dict(c) for c in t["curves"]),
                   t["spread"] and Spread.from_dict(t["spread"]), t["conformal"] and SplitConformal.from_dict(t["conformal"]))

@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from ..adapt.tables import FOREST, LEVEL, against_baselines, load_predictor, predict_table, split_table, start_folder, structure_column, tested_limits
-from ..core import BadInput, MatfmError, atomic_write, sha256_file, sha256_text
+from ..adapt.tables import FOREST, LEVEL, TREES, against_baselines, load_predictor, predict_table, split_table, start_folder, structure_column, tested_limits
+from ..core import BadInput, MatfmError, atomic_write, pick, sha256_file, sha256_text
 from ..data.files import read
 from ..data.records import Records, Rejected
 from ..data.splits import Split
@@ -65,19 +65,19 @@ def stacked_sheet(
 ) -> FactSheet:
     "The FactSheet of a stacked predictor."
     p = result.spec.parameters
-    made_of = "one kernel on circular fingerprints" if p["model"] == "light" else f"a stack of {' and '.join(p['members'])}"
-    targets, fitted = ", ".join(records.targets), len(split.train) + len(split.valid)
+    made_of = "one kernel on circular fingerprints" if p["model"] == "light" else f"a stack of {', '.join(p['members'])}"
+    kind, targets, fitted = f"{records.domain}s", ", ".join(records.targets), len(split.train) + len(split.valid)
     return FactSheet(
-        kind="model", name=f"{records.name}_{'_'.join(records.targets)}", summary=f"Predicts {targets} of molecules; {made_of}, fitted with `matfm finetune`.",
-        data=f"{records.name} ({len(records)} molecules), content digest {records.digest}", splits=f"{split.method}, {fitted} rows fitted, {len(split.test)} tested, seed {p['seed']}, digest {split.digest}",
+        kind="model", name=f"{records.name}_{'_'.join(records.targets)}", summary=f"Predicts {targets} of {kind}; {made_of}, fitted with `matfm finetune`.",
+        data=f"{records.name} ({len(records)} {kind}), content digest {records.digest}", splits=f"{split.method}, {fitted} rows fitted, {len(split.test)} tested, seed {p['seed']}, digest {split.digest}",
         metrics=[m for m in result.metrics if m.tags.get("model") == "stacked"], limits=tested_limits(result, split, "predictions of rows left out of the fit in turn"),
-        intended_use=f"predicting {targets} for molecules like those of the table", risks="predictions far from the training data can be wrong by more than the interval says; in_domain marks them",
+        intended_use=f"predicting {targets} for {kind} like those of the table", risks="predictions far from the training data can be wrong by more than the interval says; in_domain marks them",
         licence="not stated: follows from the table's licence", citation="none yet", recipe=f"matfm finetune {p['file']} (parameters in result.json)",
         energy=energy_note(result.seconds, result.hardware["cores"]), provenance={"code": result.code, "result": result.spec.digest, f"table {p['file']}": records.digest})
 
 # %% ../../nbs/app/96_bulk.ipynb #bk000010
 def fit_table(
-    records: Records,                  # molecules with targets, e.g. from `read_labelled`
+    records: Records,                  # molecules or compositions with targets, e.g. from `read_labelled`
     out: str | os.PathLike,            # folder to write
     budget: float | None = None,       # seconds; None: as long as it takes
     split: str | Split | None = None,  # what is held out, see `split_table`
@@ -87,13 +87,13 @@ def fit_table(
     light: bool = False,               # one kernel on circular fingerprints instead of the stack: for predicting millions
 ) -> Result:                           # with what each member contributed in its tables
     "Fit a stacked predictor, test it beside the baselines, and save it with its papers."
-    from matfm.adapt.stacked import LIGHT, StackedSpec, fit_stacked
+    from matfm.adapt.stacked import default_spec, fit_stacked
     if not records.targets: raise BadInput("the records have no targets to learn")
     _no_clash(list(records.targets), records.targets)
-    spec, made, out = (LIGHT if light else StackedSpec()).replace(budget=budget, seed=seed, level=LEVEL), split_table(records, split, seed), Path(out)
+    spec, made, out = default_spec(records.domain, light).replace(budget=budget, seed=seed, level=LEVEL), split_table(records, split, seed), Path(out)
     start_folder(out, made, rejected)
     asked = {"file": source or records.name, "target": records.targets, "model": "light" if light else "stacked", "members": list(spec.members), "split": made.method, "budget": budget, "seed": seed}
-    rec = Recorder(ExperimentSpec("finetune", asked), out, baselines=f"dummy: the training mean; {FOREST[records.domain]}: a random forest on fingerprints", notes=f"{len(rejected)} rows of the table were set aside")
+    rec = Recorder(ExperimentSpec("finetune", asked), out, baselines=f"dummy: the training mean; {FOREST[records.domain]}: a random forest of {TREES} trees on {'fingerprints' if records.domain == 'molecule' else 'composition statistics'}", notes=f"{len(rejected)} rows of the table were set aside")
     rec.data(records)
     rec.data("split", made.digest)
     rows, test = records.take(np.sort(np.concatenate([made.train, made.valid]).astype(int))), records.take(np.array(made.test, int))
@@ -259,7 +259,9 @@ def answers_of(
     first = {s: i for i, s in enumerate(dict.fromkeys(structures))}
     clean = [s.encode("utf-8", "replace").decode() for s in first]
     if stacked := hasattr(model, "targets"):
-        records = Records(pl.DataFrame({"id": [str(i) for i in range(len(clean))], "smiles": pl.Series(clean, dtype=pl.String)}), "molecule", {}, canonical=False)
+        names = model.reader.columns
+        cells_in = zip(*(s.rsplit("\t", len(names) - 1) for s in clean), strict=True) if len(names) > 1 else [clean]
+        records = Records(pl.DataFrame({"id": [str(i) for i in range(len(clean))], **{n: pl.Series(v, dtype=pl.String) for n, v in zip(names, cells_in, strict=True)}}), model.reader.domain, {}, canonical=False)
         frame, rejected = model.predict(records)
     else:
         molecules = model.representation.domain == "molecule"
@@ -463,13 +465,13 @@ def _line(cells: list[str]) -> str:
     return made.getvalue()
 
 # %% ../../nbs/app/96_bulk.ipynb #bk000035a
-def _chosen_column(file: Path, smiles: str | None, cif: str | None, domain: str) -> tuple[list[str], int]:
+def _chosen_column(file: Path, smiles: str | None, cif: str | None, domain: str, formula: str | None = None) -> tuple[list[str], int]:
     "A table's header, and the place of the column with the structures, judged by its first rows."
     header, rows = open_rows(file)
     sample = [_even(r, len(header)) for r in islice(rows, 200)]
     if not sample: raise BadInput(f"{file.name} has a header but no rows")
     frame = pl.DataFrame([[c.encode("utf-8", "replace").decode() for c in r] for r in sample], dict.fromkeys(header, pl.String), orient="row")
-    return header, header.index(structure_column(frame.rename({c: c for c in header}), smiles, cif, domain)[0])
+    return header, header.index(structure_column(frame.rename({c: c for c in header}), smiles, cif, domain, formula)[0])
 
 # %% ../../nbs/app/96_bulk.ipynb #bk000046
 def predict_whole(
@@ -501,6 +503,7 @@ def predict_file(
     patience: float = 60.0,     # seconds that 50 rows may take before they are given up
     progress: bool = False,
     opener: Any = open_answers, # how a worker opens the model
+    formula: str | None = None, # column with chemical formulas
 ) -> Bulk:
     "Predict a table of any size; the same call goes on with what was cut off."
     from tqdm.auto import tqdm
@@ -508,14 +511,15 @@ def predict_file(
     opened = open_model(folder)
     if not is_streamed(file) and getattr(getattr(opened, "representation", None), "domain", "") == "crystal": return predict_whole(opened, file, out, cif)
     stacked = hasattr(opened, "targets")  # whose task would load torch
-    targets, domain = ([t.name for t in opened.targets], "molecule") if stacked else (list(opened.task.names), opened.representation.domain)
-    header, column = _chosen_column(file, smiles, cif, domain)
+    targets, domain = ([t.name for t in opened.targets], opened.reader.domain) if stacked else (list(opened.task.names), opened.representation.domain)
+    header, column = _chosen_column(file, smiles, cif, domain, formula)
+    more = [header.index(pick(c, header, "column")) for c in (opened.reader.columns[1:] if stacked else ())]
     _no_clash(header, targets)
     new, waiting, total = added_columns(targets), dict[int, Any](), [0, 0]
     parts, done = _part_folder(out, _plan(folder, file, header, header[column], new, rows))
     del opened
 
-    pieces = _pieces(file, column, len(header), rows, done, waiting, total)
+    pieces = _pieces(file, [column, *more], len(header), rows, done, waiting, total)
     with tqdm(desc="predict", unit=" rows", disable=not progress) as bar:
         for piece, (cells, why) in answered(pieces, opener, str(folder), jobs or usable_cores(), patience):
             bar.update(len(cells))
@@ -525,7 +529,7 @@ def predict_file(
     return Bulk(out, total[0], lost, total[1], time.perf_counter() - begun)
 
 # %% ../../nbs/app/96_bulk.ipynb #bk000037
-def _pieces(file: Path, column: int, width: int, size: int, done: set[int], waiting: dict[int, Any], total: list[int]) -> Iterator[Piece]:
+def _pieces(file: Path, columns: Sequence[int], width: int, size: int, done: set[int], waiting: dict[int, Any], total: list[int]) -> Iterator[Piece]:
     "The chunks that are not done, as pieces; `waiting` keeps their rows, `total` counts all rows and those done."
     _, source = open_rows(file)
     k = 0
@@ -534,7 +538,7 @@ def _pieces(file: Path, column: int, width: int, size: int, done: set[int], wait
         if k in done: total[1] += len(chunk)
         else:
             waiting[k] = (first, chunk, [[] for _ in chunk], {}, [len(chunk)])
-            yield Piece(k, 0, [_even(r, width)[column] for r in chunk])
+            yield Piece(k, 0, ["\t".join(_even(r, width)[c] for c in columns) for r in chunk])
         k += 1
 
 # %% ../../nbs/app/96_bulk.ipynb #bk000037a

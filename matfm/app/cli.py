@@ -22,10 +22,10 @@ from ..run.results import Metric, Table, show_value
 from ..settings import load_settings
 
 # %% auto #0
-__all__ = ['app', 'runs_app', 'data_app', 'Names', 'Given', 'Preset', 'Jobs', 'Where', 'Experiment', 'DataName', 'Smiles', 'Cif',
-           'Out', 'Start', 'Model', 'Split', 'Target', 'Unit', 'TableFile', 'Budget', 'LIGHT', 'NETWORK_ONLY',
-           'Commands', 'group', 'root', 'metric_table', 'run', 'runs_list', 'runs_show', 'runs_compare', 'data_list',
-           'data_get', 'data_card', 'data_read', 'pretrain', 'wants_network', 'finetune', 'predict',
+__all__ = ['app', 'runs_app', 'data_app', 'Names', 'Given', 'Preset', 'Jobs', 'Where', 'Experiment', 'DataName', 'Smiles',
+           'Formula', 'Cif', 'Out', 'Start', 'Model', 'Split', 'Target', 'Unit', 'TableFile', 'Budget', 'LIGHT',
+           'NETWORK_ONLY', 'Commands', 'group', 'root', 'metric_table', 'run', 'runs_list', 'runs_show', 'runs_compare',
+           'data_list', 'data_get', 'data_card', 'data_read', 'pretrain', 'wants_network', 'finetune', 'predict',
            'checkpoint_folder', 'models', 'card', 'site', 'lab', 'main']
 
 # %% ../../nbs/app/99_cli.ipynb #2d7e5c92
@@ -256,6 +256,7 @@ def data_read(
 
 # %% ../../nbs/app/99_cli.ipynb #0884771f
 Smiles = Annotated[str | None, typer.Option(metavar="COLUMN", help="The column with SMILES.")]
+Formula = Annotated[str | None, typer.Option(metavar="COLUMN", help="The column with chemical formulas, for a table without structures.")]
 Cif = Annotated[str | None, typer.Option(metavar="COLUMN|FOLDER", help="The column with crystal structures as CIF or POSCAR text, or a folder of such files.")]
 
 def _aside(rejected: Any, total: int, where: Path | None = None) -> None:
@@ -309,34 +310,35 @@ def wants_network(
     domain: str,         # of the records
 ) -> bool:
     "Whether a network is to be fine-tuned: for crystals, and where an option asks for one."
+    always = domain not in ("molecule", "composition")
     sources = {n: ctx.get_parameter_source(n) for n in NETWORK_ONLY}
     asked = [n for n, s in sources.items() if s is not None and s.name != "DEFAULT"]
     if ctx.params.get("model") == LIGHT:
-        if (others := [n for n in asked if n != "model"]) or domain != "molecule":
-            raise BadInput(f"--model light is a predictor of molecules, {'--' + others[0] + ' belongs to networks' if others else f'these are {domain}s'}: leave one of them out")
+        if (others := [n for n in asked if n != "model"]) or always:
+            raise BadInput(f"--model light is a predictor of molecules and formulas, {'--' + others[0] + ' belongs to networks' if others else f'these are {domain}s'}: leave one of them out")
         return False
     budget = ctx.params.get("budget")
-    if budget and (asked or domain != "molecule"):
-        raise BadInput(f"--budget belongs to the stacked predictor of molecules, {'--' + asked[0] + ' to networks' if asked else f'these are {domain}s'}: leave one of them out")
-    return bool(asked) or domain != "molecule"
+    if budget and (asked or always):
+        raise BadInput(f"--budget belongs to the stacked predictor of molecules and formulas, {'--' + asked[0] + ' to networks' if asked else f'these are {domain}s'}: leave one of them out")
+    return bool(asked) or always
 
 # %% ../../nbs/app/99_cli.ipynb #cl000001
 @app.command()
 def finetune(
     ctx: typer.Context,
-    file: TableFile, target: Target, out: Out, unit: Unit = None, smiles: Smiles = None, cif: Cif = None, budget: Budget = None, model: Start = None, split: Split = None,
+    file: TableFile, target: Target, out: Out, unit: Unit = None, smiles: Smiles = None, cif: Cif = None, formula: Formula = None, budget: Budget = None, model: Start = None, split: Split = None,
     ensemble: Annotated[int, typer.Option(help="Networks; more give better predictions.")] = 1,
     epochs: Annotated[int, typer.Option(help="Most passes of a network over the training rows.")] = 60,
     strategy: Annotated[str, typer.Option(help="full or frozen, of a network.")] = "full",
     lr: Annotated[float, typer.Option(help="Learning rate of a network's encoder.")] = 1e-4,
     seed: Annotated[int, typer.Option(help="Of split, weights and batches.")] = 0,
 ) -> None:
-    "Fit a model to your own table.\n\nMolecules: a stack of quick predictors; with --model light one that predicts millions; with another --model, and for crystals, a network. Reports the test error beside a constant guess and a forest."
+    "Fit a model to your own table.\n\nMolecules and formulas: a stack of quick predictors; with --model light one that predicts millions; with another --model, and for crystals, a network. Reports the test error beside a constant guess and a forest."
     if unit and len(unit) != len(target): raise BadInput(f"{len(unit)} units for {len(target)} targets")
     from matfm.adapt.tables import configured, finetune_table, read_labelled, split_table
     from matfm.app import bulk
     seconds = bulk.duration(budget) if budget else None
-    records, rejected = read_labelled(file, dict(zip(target, unit, strict=True)) if unit else target, smiles, cif)
+    records, rejected = read_labelled(file, dict(zip(target, unit, strict=True)) if unit else target, smiles, cif, formula=formula)
     network, made = wants_network(ctx, records.domain), split_table(records, split, seed)
     _aside(rejected, len(records) + len(rejected), out / "rejected.csv")
     if not network: result = bulk.fit_table(records, out, seconds, made, seed, rejected, file.name, light=model == LIGHT)
@@ -347,7 +349,7 @@ def finetune(
         if records.domain == "molecule": bulk.save_domain(made.parts(records)[0], out)
     _said(result)
     for name, rows in result.tables.items():
-        if name.startswith("members of "): typer.echo(f"\n{name} (errors out of fold, on the scale of learning)\n{Table(rows)}")
+        if name.startswith("members of "): typer.echo(f"\n{name} (errors out of fold)\n{Table(rows)}")
     typer.echo(f"model: {out}")
 
 # %% ../../nbs/app/99_cli.ipynb #0253fc24
@@ -356,14 +358,14 @@ def predict(
     model: Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="A folder written by `matfm finetune`.")],
     file: TableFile,
     out: Annotated[Path, typer.Option(help="CSV to write.")],
-    smiles: Smiles = None, cif: Cif = None,
+    smiles: Smiles = None, cif: Cif = None, formula: Formula = None,
     jobs: Annotated[int | None, typer.Option(help="Processes. Default: one for each core.")] = None,
     patience: Annotated[float, typer.Option(help="Seconds that 50 rows may take before they are given up.")] = 60.0,
 ) -> None:
     "Predict a table of any size.\n\nThe same command continues a run that was cut off."
     if not model.is_dir(): raise BadInput(f"there is no folder {model}")
     from matfm.app.bulk import predict_file
-    done = predict_file(model, file, out, smiles, cif, jobs, patience=patience, progress=True)
+    done = predict_file(model, file, out, smiles, cif, jobs, patience=patience, progress=True, formula=formula)
     if done.rejected: typer.secho(f"{done.rejected} of {done.rows} rows set aside: {out.with_name(out.stem + '.rejected.csv')}", fg="yellow", err=True)
     typer.echo(done)
 

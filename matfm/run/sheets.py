@@ -7,9 +7,10 @@ Docs: https://matfm.github.io/matfm/run/sheets.html.md"""
 # %% ../../nbs/run/06_sheets.ipynb #8f528b49
 from __future__ import annotations
 
+import functools
 import html
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,9 +20,9 @@ from ..core import BadInput, Spec, atomic_write, sha256_file
 from .results import Metric, Result, html_table, jsonable, load_json, metric_rows, save_json, show_value
 
 # %% auto #0
-__all__ = ['FIELDS', 'LISTS', 'KINDS', 'Lines', 'SHEET_FILES', 'DATA_SUFFIXES', 'schema', 'problems', 'FactSheet', 'energy_note',
-           'sheet_markdown', 'sheet_html', 'folder_hashes', 'save_sheet', 'load_sheet', 'result_problems',
-           'check_sheets']
+__all__ = ['FIELDS', 'LISTS', 'KINDS', 'Lines', 'SHEET_FILES', 'DATA_SUFFIXES', 'schema', 'complete', 'problems', 'FactSheet',
+           'energy_note', 'sheet_markdown', 'sheet_html', 'folder_hashes', 'save_sheet', 'load_sheet',
+           'result_problems', 'check_sheets']
 
 # %% ../../nbs/run/06_sheets.ipynb #2f0493f8
 FIELDS: dict[str, str] = {
@@ -61,10 +62,24 @@ def schema() -> dict[str, Any]:
             "if": {"properties": {"kind": {"enum": ["model", "result"]}}}, "then": {"properties": {"metrics": {"minItems": 1}}}}
 
 # %% ../../nbs/run/06_sheets.ipynb #acc1fb77
+@functools.cache
+def _compiled() -> Callable[[Mapping[str, Any]], Any]:
+    import fastjsonschema
+    return fastjsonschema.compile(schema(), use_formats=False)
+
+def complete(sheet: Mapping[str, Any]) -> bool:
+    "Whether a sheet meets the schema."
+    from fastjsonschema import JsonSchemaValueException
+    try: _compiled()(sheet)
+    except JsonSchemaValueException: return False
+    return True
+
+# %% ../../nbs/run/06_sheets.ipynb #acc1fb78
 def problems(
     sheet: Mapping[str, Any],  # what a `factsheet.json` holds
 ) -> list[str]:
     "What is missing or wrong, in words; empty if the sheet is complete."
+    if complete(sheet): return []
     from jsonschema import Draft202012Validator
     found = []
     for e in sorted(Draft202012Validator(schema()).iter_errors(sheet), key=lambda e: [str(p) for p in e.absolute_path]):
