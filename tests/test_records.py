@@ -4,7 +4,7 @@ import gzip
 import numpy as np
 import polars as pl
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import assume, given, settings, strategies as st
 
 from matfm.core import BadInput, TooManyRejected, UnknownName
 from matfm.data.records import (Atoms, Crystal, Mixture, Records, Rejected, compositions, crystals, find_structure, formula_html, frame_digest, from_frame, from_values,
@@ -100,7 +100,9 @@ def test_fast_cif_agrees_with_pymatgen(lengths, angles, numbers, seed):
     from pymatgen.core import Lattice, Structure
     lattice = Lattice.from_parameters(*lengths, *angles)
     frac = np.random.default_rng(seed).random((len(numbers), 3))
-    cif = Structure(lattice, numbers, frac).to(fmt="cif")
+    made = Structure(lattice, numbers, frac)
+    assume((made.distance_matrix + 9 * np.eye(len(numbers))).min() > 0.6)
+    cif = made.to(fmt="cif")
     ours = Crystal.from_cif(cif)
     assert np.allclose(ours.lattice, lattice.matrix, atol=1e-5) and abs(ours.volume - lattice.volume) < 1e-3 * lattice.volume
     assert ours.numbers.tolist() == numbers and np.allclose(ours.frac, frac, atol=1e-6)
@@ -118,7 +120,7 @@ def test_symmetric_cif_is_expanded():
 @pytest.mark.parametrize("change, reason", [
     (lambda t: t.replace("0.00000000  0.00000000  0.00000000  1", "0.00000000  0.00000000  0.00000000  0.5"), "partial occupancy"),
     (lambda t: t[:t.index("_atom_site_type_symbol")], "not a usable CIF"),
-    (lambda t: t.replace("  Cl", "  Qq"), "atomic numbers must lie"),
+    (lambda t: t.replace("  Cl", "  Qq"), "no element"),
     (lambda t: "data_empty\n", "not a usable CIF")])
 def test_bad_cifs(change, reason):
     good = SALT.to_cif()

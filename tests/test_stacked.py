@@ -211,6 +211,40 @@ def test_unary_bits_are_the_minimum_of_counts():
         assert np.array_equal(features.Overlap(features.unary_bits([b, a, {}]))(A), tanimoto(A, features.unary_bits([b, a, {}])))
 
 
+# ---- materials -------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def oxides() -> Records:
+    "Made-up numbers of oxides that depend on composition and space group, half of them zero."
+    metals, groups = ["Li", "Na", "K", "Mg", "Ca", "Sr", "Ba", "Ti", "Zr", "Al", "Ga", "Fe", "Ni", "Zn"], [225, 167, 62, 136]
+    formulas = [f"{a}{n}O{m}" for a in metals for n, m in ((1, 1), (2, 3), (1, 2), (2, 1))]
+    group = [groups[i % 4] for i in range(len(formulas))]
+    y = np.array([max(0.0, (g == 225) * 2.0 + 0.1 * len(f) - 0.6) for f, g in zip(formulas, group, strict=True)])
+    frame = pl.DataFrame({"id": [str(i) for i in range(len(formulas))], "formula": formulas, "space_group": group, "gap": y})
+    return Records(frame, "composition", {"gap": "eV"})
+
+
+def test_compositions_with_space_groups_are_learnt_kept_and_streamed(oxides, tmp_path):
+    from matfm.app.bulk import predict_file
+    rows = np.arange(len(oxides))
+    made = fit_stacked(oxides.take(rows[rows % 5 != 0]), stacked.MATERIALS.replace(encoder=""))
+    assert list(made.targets[0].members) == ["kernel", "trees"] and made.reader.columns == ("formula", "space_group")
+    test = oxides.take(rows[rows % 5 == 0])
+    p = made.predict(test)[0]
+    y = test.y("gap")[:, 0]
+    assert np.abs(y - p["gap"].to_numpy()).mean() < 0.7 * np.abs(y - np.median(oxides.y("gap"))).mean()
+    made.save_pretrained(tmp_path / "model")
+    back = Stacked.load(tmp_path / "model")
+    assert back.predict(test)[0].equals(p) and back.spec.aim == "absolute"
+    test.frame.select("formula", pl.col("space_group").cast(pl.String)).vstack(pl.DataFrame({"formula": ["Qq2O"], "space_group": [""]})).write_csv(tmp_path / "new.csv")
+    done = predict_file(tmp_path / "model", tmp_path / "new.csv", tmp_path / "out.csv", jobs=1)
+    found = pl.read_csv(tmp_path / "out.csv")
+    assert (done.rows, done.rejected) == (len(test) + 1, 1) and found["gap_pred"][-1] is None
+    np.testing.assert_allclose(found["gap_pred"].to_numpy()[:-1], p["gap"].to_numpy(), rtol=1e-4, atol=1e-5)
+    test.frame.select("formula").write_csv(tmp_path / "bare.csv")
+    with pytest.raises(BadInput, match="space_group"): predict_file(tmp_path / "model", tmp_path / "bare.csv", tmp_path / "out2.csv", jobs=1)
+
+
 # ---- the baseline ----------------------------------------------------------------------------------------------------
 
 def test_svm_beats_the_mean_and_chooses_inside_the_training_part(table):

@@ -28,16 +28,18 @@ import polars as pl
 
 from ..adapt.tables import FOREST, LEVEL, TREES, against_baselines, load_predictor, predict_table, split_table, start_folder, structure_column, tested_limits
 from ..core import BadInput, MatfmError, atomic_write, pick, sha256_file, sha256_text
-from ..data.files import read
-from ..data.records import Records, Rejected
+from ..data.files import crystal_keys, crystals_at, read, structure_files
+from ..data.records import Records, Rejected, crystals
 from ..data.splits import Split
-from ..run.results import ExperimentSpec, Recorder, Result, usable_cores
+from ..registry import representations
+from ..run.results import ExperimentSpec, Recorder, Result, load_json, usable_cores
 from ..run.sheets import FactSheet, energy_note
 
 # %% auto #0
 __all__ = ['STREAMED', 'Answer', 'duration', 'added_columns', 'stacked_sheet', 'fit_table', 'is_streamed', 'open_rows', 'Domain',
-           'save_domain', 'load_domain', 'open_model', 'cells_of', 'answers_of', 'open_answers', 'Piece', 'serve',
-           'Worker', 'answered', 'Bulk', 'write_part', 'join_parts', 'predict_whole', 'predict_file']
+           'save_domain', 'load_domain', 'open_model', 'cells_of', 'answers_of', 'open_answers', 'open_crystals',
+           'Piece', 'serve', 'Worker', 'answered', 'Bulk', 'write_part', 'join_parts', 'predict_whole', 'is_folder',
+           'asked_of', 'predict_file']
 
 # %% ../../nbs/app/96_bulk.ipynb #bk000006
 def duration(
@@ -278,6 +280,24 @@ def open_answers(folder: str) -> Callable[[list[str]], Answer]:
     model, near = open_model(folder), load_domain(Path(folder))
     return lambda structures: answers_of(model, near, structures)
 
+def open_crystals(
+    argument: str,  # JSON: the model's folder; the folder or archive of crystals
+) -> Callable[[list[str]], Answer]:
+    "How a worker opens a model and a folder; it answers keys of `crystal_keys` with formula and prediction."
+    folder, source = json.loads(argument)
+    model = open_model(folder)
+    def answer(keys: list[str]) -> Answer:
+        found: list[Any] = crystals_at(source, keys)
+        cells: list[list[str]] = [[] for _ in keys]
+        records, rejected = crystals([c for c in found if not isinstance(c, str)], ids=[i for i, c in enumerate(found) if not isinstance(c, str)])
+        if len(records):
+            frame, unfit = model.predict(records)
+            rejected = rejected + unfit
+            for i, formula, row in zip(map(int, records.ids), records.frame["formula"], cells_of(frame, model.task.names), strict=True): cells[i] = [formula, *row]
+        why = {int(i): reason for i, reason in rejected.frame.select("id", "reason").rows()}
+        return cells, {i: c for i, c in enumerate(found) if isinstance(c, str)} | why
+    return answer
+
 # %% ../../nbs/app/96_bulk.ipynb #bk000027
 @dataclass
 class Piece:
@@ -357,10 +377,9 @@ def answered(
     "Each piece, or each of the parts it had to be cut into, with its answer, as they are ready."
     from multiprocessing.connection import wait
     if jobs < 1: raise BadInput(f"jobs must be ≥ 1, got {jobs}")
-    again, source = deque[Piece](), iter(pieces)
-    if (piece := next(source, None)) is None: return
-    again.append(piece)
-    crew = [Worker(opener, argument, patience) for _ in range(jobs)]
+    source = iter(pieces)
+    again = deque(islice(source, jobs))
+    crew = [Worker(opener, argument, patience) for _ in again]  # no more of them than there is work for
     try:
         while again or any(w.piece for w in crew):
             for w in crew:
@@ -404,10 +423,15 @@ class Bulk:
         return f"{self.rows - self.rejected} of {self.rows} rows predicted{kept} in {self.seconds:.0f} s ({rate:.0f} rows/s): {self.out}"
 
 # %% ../../nbs/app/96_bulk.ipynb #bk000033a
+def _content(file: Path) -> str:
+    "What a file holds; of a folder the names, sizes and times of its structures."
+    if file.is_file(): return sha256_file(file)
+    return sha256_text(json.dumps([(n, (s := (file / n).stat()).st_size, s.st_mtime_ns) for n in structure_files(file)[1]]))
+
 def _plan(folder: Path, file: Path, header: list[str], column: str, new: list[str], rows: int) -> dict[str, Any]:
     "What decides about every byte of the output."
     files = {p.relative_to(folder).as_posix(): sha256_file(p) for p in sorted(folder.rglob("*")) if p.suffix in (".json", ".safetensors")}
-    return {"model": sha256_text(json.dumps(files)), "table": sha256_file(file) if file.is_file() else str(file), "header": header, "structure": column, "added": new, "rows": rows}
+    return {"model": sha256_text(json.dumps(files)), "table": _content(file), "header": header, "structure": column, "added": new, "rows": rows}
 
 # %% ../../nbs/app/96_bulk.ipynb #bk000033b
 def _part_folder(out: Path, plan: dict[str, Any]) -> tuple[Path, set[int]]:
@@ -436,9 +460,10 @@ def write_part(
     column: int,             # of the structure
     width: int,              # columns of the table
     added: int,              # columns of a prediction
+    named: bool = False,     # whether the first column is the rows' id; else it is their number
 ) -> None:
     "Write a chunk; when its file is there, its rejected rows are too."
-    aside = [(first + i, first + i, " ".join(_even(rows[i], width)[column].split())[:120], " ".join(why[i].split())) for i in sorted(why)]
+    aside = [(rows[i][0] if named else first + i, first + i, " ".join(_even(rows[i], width)[column].split())[:120], " ".join(why[i].split())) for i in sorted(why)]
     _write(parts / f"{k:07d}.rejected.csv", aside)
     _write(parts / f"{k:07d}.csv", (_even(r, width) + _even(c, added) for r, c in zip(rows, cells, strict=True)))
 
@@ -476,7 +501,7 @@ def _chosen_column(file: Path, smiles: str | None, cif: str | None, domain: str,
 # %% ../../nbs/app/96_bulk.ipynb #bk000046
 def predict_whole(
     model: Any,        # networks that read crystals
-    file: Path,        # e.g. a folder of CIF files
+    file: Path,        # e.g. an extended XYZ file
     out: Path,
     cif: str | None = None,
 ) -> Bulk:
@@ -491,47 +516,58 @@ def predict_whole(
     else: beside.unlink(missing_ok=True)
     return Bulk(out, len(frame), len(rejected), 0, time.perf_counter() - begun)
 
+# %% ../../nbs/app/96_bulk.ipynb #bk000061
+def is_folder(path: Path) -> bool: return path.is_dir() or path.is_file() and path.suffix.lower() == ".zip"
+
+def asked_of(folder: Path) -> tuple[list[str], str, list[str] | None]:
+    "Targets and domain of a model, and the further columns a stacked predictor reads (None: a network); a network's are read from its papers, for opening it takes seconds."
+    for name in ("member0/config.json", "config.json"):
+        if (folder / name).is_file() and "heads" in (c := load_json(folder / name)):
+            return [o["name"] for o in c["heads"]["task"]["outputs"]], representations.get(c["representation"]["name"]).domain, None
+    opened = open_model(folder)
+    return ([t.name for t in opened.targets], opened.reader.domain, list(opened.reader.columns[1:])) if hasattr(opened, "targets") else (list(opened.task.names), opened.representation.domain, None)
+
 # %% ../../nbs/app/96_bulk.ipynb #bk000036
 def predict_file(
     model: str | os.PathLike,   # a folder written by `fit_table` or `finetune_table`
-    file: str | os.PathLike,    # CSV, TSV, SMILES file (each also .gz) or Parquet: row by row; other files of molecules: as a whole
+    file: str | os.PathLike,    # CSV, TSV, SMILES file (each also .gz) or Parquet: row by row; a folder or archive of crystals: file by file; other files: as a whole
     out: str | os.PathLike,     # CSV to write: all columns and rows of the table, and `added_columns`
     smiles: str | None = None,  # column with SMILES; neither: recognised
     cif: str | None = None,     # column with CIF or POSCAR text
     jobs: int | None = None,    # processes; None: one for each core
-    rows: int = 1000,           # of a part
+    rows: int | None = None,    # of a part; None: 1000, of crystals 200
     patience: float = 60.0,     # seconds that 50 rows may take before they are given up
     progress: bool = False,
-    opener: Any = open_answers, # how a worker opens the model
+    opener: Any = None,         # how a worker opens the model; None: `open_answers`, for a folder of crystals `open_crystals`
     formula: str | None = None, # column with chemical formulas
 ) -> Bulk:
     "Predict a table of any size; the same call goes on with what was cut off."
     from tqdm.auto import tqdm
     begun, folder, file, out = time.perf_counter(), Path(model), Path(file), Path(out)
-    opened = open_model(folder)
-    if not is_streamed(file) and getattr(getattr(opened, "representation", None), "domain", "") == "crystal": return predict_whole(opened, file, out, cif)
-    stacked = hasattr(opened, "targets")  # whose task would load torch
-    targets, domain = ([t.name for t in opened.targets], opened.reader.domain) if stacked else (list(opened.task.names), opened.representation.domain)
-    header, column = _chosen_column(file, smiles, cif, domain, formula)
-    more = [header.index(pick(c, header, "column")) for c in (opened.reader.columns[1:] if stacked else ())]
+    targets, domain, beside = asked_of(folder)
+    whole = beside is None and domain == "crystal" and not is_streamed(file)
+    inside = whole and is_folder(file)
+    if whole and not inside: return predict_whole(open_model(folder), file, out, cif)
+    header, column = (["row", "file"], 1) if inside else _chosen_column(file, smiles, cif, domain, formula)
+    more = [header.index(pick(c, header, "column")) for c in beside or ()]
     _no_clash(header, targets)
-    new, waiting, total = added_columns(targets), dict[int, Any](), [0, 0]
+    new, rows = ["formula"] * inside + added_columns(targets), rows or (200 if inside else 1000)
+    waiting, total = dict[int, Any](), [0, 0]
     parts, done = _part_folder(out, _plan(folder, file, header, header[column], new, rows))
-    del opened
+    opener, argument = opener or (open_crystals if inside else open_answers), json.dumps([str(folder), str(file)]) if inside else str(folder)
 
-    pieces = _pieces(file, [column, *more], len(header), rows, done, waiting, total)
+    pieces = _pieces(map(list, crystal_keys(file)) if inside else open_rows(file)[1], [column, *more], len(header), rows, done, waiting, total)
     with tqdm(desc="predict", unit=" rows", disable=not progress) as bar:
-        for piece, (cells, why) in answered(pieces, opener, str(folder), jobs or usable_cores(), patience):
+        for piece, (cells, why) in answered(pieces, opener, argument, jobs or usable_cores(), patience):
             bar.update(len(cells))
-            _entered(parts, piece, cells, why, waiting, column, len(header), len(new))
+            _entered(parts, piece, cells, why, waiting, column, len(header), len(new), inside)
     n = math.ceil(total[0] / rows)
     lost = join_parts(parts, n, out, header + new)
     return Bulk(out, total[0], lost, total[1], time.perf_counter() - begun)
 
 # %% ../../nbs/app/96_bulk.ipynb #bk000037
-def _pieces(file: Path, columns: Sequence[int], width: int, size: int, done: set[int], waiting: dict[int, Any], total: list[int]) -> Iterator[Piece]:
+def _pieces(source: Iterator[list[str]], columns: Sequence[int], width: int, size: int, done: set[int], waiting: dict[int, Any], total: list[int]) -> Iterator[Piece]:
     "The chunks that are not done, as pieces; `waiting` keeps their rows, `total` counts all rows and those done."
-    _, source = open_rows(file)
     k = 0
     while chunk := list(islice(source, size)):
         first, total[0] = total[0], total[0] + len(chunk)
@@ -542,7 +578,7 @@ def _pieces(file: Path, columns: Sequence[int], width: int, size: int, done: set
         k += 1
 
 # %% ../../nbs/app/96_bulk.ipynb #bk000037a
-def _entered(parts: Path, piece: Piece, cells: list[list[str]], why: dict[int, str], waiting: dict[int, Any], column: int, width: int, added: int) -> None:
+def _entered(parts: Path, piece: Piece, cells: list[list[str]], why: dict[int, str], waiting: dict[int, Any], column: int, width: int, added: int, named: bool = False) -> None:
     "Enter an answer; write the chunk when it is complete."
     first, rows, answers, reasons, left = waiting[piece.chunk]
     answers[piece.first:piece.first + len(cells)] = cells
@@ -551,5 +587,5 @@ def _entered(parts: Path, piece: Piece, cells: list[list[str]], why: dict[int, s
     for i, r in enumerate(rows[piece.first:piece.first + len(cells)], piece.first):
         if len(r) > width: reasons[i], answers[i] = f"{len(r)} cells in a row, the header has {width}", []
     if left[0]: return
-    write_part(parts, piece.chunk, first, rows, answers, reasons, column, width, added)
+    write_part(parts, piece.chunk, first, rows, answers, reasons, column, width, added, named)
     del waiting[piece.chunk]

@@ -18,6 +18,7 @@ import re
 import tempfile
 import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -36,8 +37,9 @@ from ..run.results import usable_cores
 __all__ = ['KINDS', 'SPREADSHEETS', 'LARGEST', 'UNITS', 'TWO_READINGS', 'WORDS', 'TABLES', 'OPENERS', 'kind_of', 'parse_unit',
            'unit_in', 'with_points', 'numbers_in', 'Guess', 'share_that_parses', 'Candidate', 'find_structures',
            'find_ids', 'find_numbers', 'Content', 'with_header', 'open_table', 'open_smi', 'read_mol', 'open_sdf',
-           'xyz_frames', 'read_xyz', 'open_xyz', 'crystals_in', 'read_crystals', 'Joined', 'join_table', 'open_folder',
-           'find_repeats', 'Reading', 'reading_text', 'reading_html', 'read']
+           'xyz_frames', 'read_xyz', 'open_xyz', 'texts_in', 'crystals_in', 'read_crystals', 'Joined', 'join_table',
+           'structure_files', 'open_folder', 'crystal_keys', 'crystals_at', 'find_repeats', 'Reading', 'reading_text',
+           'reading_html', 'read']
 
 # %% ../../nbs/data/17_files.ipynb #ddab3368
 KINDS: dict[str, tuple[str, ...]] = {  # kind → endings; each may be followed by .gz
@@ -509,20 +511,27 @@ def _one(text: str, name: str) -> Crystal:
     if _ending(name) == "cif": raise BadInput("not a usable CIF: it has no data block")
     return Crystal.from_poscar(text)
 
+def texts_in(
+    data: bytes,
+    name: str,                            # of the file
+) -> list[tuple[str, str]]:               # (key, text); the key is the name, with the data block where there are several
+    "The text of every crystal in a CIF or POSCAR file; `BadInput` if it is no text."
+    text = _decoded(_plain(data, name), name)[0]
+    blocks = [b for b in re.split(r"^(?=data_)", text, flags=re.M) if "_atom_site_fract_x" in b] if text.count("_atom_site_fract_x") > 1 else []
+    if len(blocks) < 2: return [(name, text)]
+    keys = [f"{name}#{b.split(None, 1)[0].removeprefix('data_')}" for b in blocks]
+    return [(k if keys.index(k) == i else f"{k}#{i}", b) for i, (k, b) in enumerate(zip(keys, blocks, strict=True))]
+
 def crystals_in(
     data: bytes,
     name: str,                            # of the file
-) -> list[tuple[str, Crystal | str]]:     # (id, crystal or the reason why there is none)
+) -> list[tuple[str, Crystal | str]]:     # (key, crystal or the reason why there is none)
     "Every crystal in a CIF or POSCAR file."
-    found: list[tuple[str, Crystal | str]] = []
-    try: text = _decoded(_plain(data, name), name)[0]
+    def made(text: str) -> Crystal | str:
+        try: return _one(text, name)
+        except BadInput as e: return str(e.args[0])
+    try: return [(key, made(text)) for key, text in texts_in(data, name)]
     except BadInput as e: return [(name, e.args[0])]
-    blocks = [b for b in re.split(r"^(?=data_)", text, flags=re.M) if "_atom_site_fract_x" in b] if text.count("_atom_site_fract_x") > 1 else []
-    for b in blocks if len(blocks) > 1 else [text]:
-        key = f"{name}#{b.split(None, 1)[0].removeprefix('data_')}" if len(blocks) > 1 else name
-        try: found.append((key, _one(b, name)))
-        except BadInput as e: found.append((key, e.args[0]))
-    return found
 
 # %% ../../nbs/data/17_files.ipynb #81a76bc3
 def _listed(source: Path) -> list[str]:
@@ -614,19 +623,26 @@ def join_table(
 def _ids_of(files: Sequence[str]) -> list[str]:
     "File names without endings, where that leaves them different."
     short = [_stem(f.split("#")[0]) + (f"#{f.split('#', 1)[1]}" if "#" in f else "") for f in files]
-    return [s if short.count(s) == 1 else f for s, f in zip(short, files, strict=True)] if len(set(short)) < len(short) else short
+    often = Counter(short)
+    return [s if often[s] == 1 else f for s, f in zip(short, files, strict=True)]
 
-def open_folder(path: Path, limit: int | None = None, table: str | os.PathLike | None = None, jobs: int | None = None) -> Content:
-    "A folder, an archive or a single file of crystals, with the table beside it."
+def structure_files(path: Path) -> tuple[Path, list[str], list[str]]:  # the folder or archive, the files with structures, the others
+    "What there is to read; a single file lies in its folder."
     root, names = (path, _listed(path)) if path.is_dir() or path.suffix.lower() == ".zip" else (path.parent, [path.name])
     files = [n for n in names if _ending(n) in KINDS["structure"]] or (names if root != path else [])
     if not files: raise BadInput(f"{path.name} holds no CIF or POSCAR file" + (f"; its files are {', '.join(names[:5])}" + " …" * (len(names) > 5) if names else ": it is empty"))
+    taken = set(files)
+    return root, files, [n for n in names if n not in taken]
+
+def open_folder(path: Path, limit: int | None = None, table: str | os.PathLike | None = None, jobs: int | None = None) -> Content:
+    "A folder, an archive or a single file of crystals, with the table beside it."
+    root, files, others = structure_files(path)
     found = read_crystals(root, files[:limit], jobs)
-    ids, beside = _ids_of([f for f, _ in found]), os.fspath(table) if table else _table_beside(path, names) if root == path and table is None else None
+    ids, beside = _ids_of([f for f, _ in found]), os.fspath(table) if table else _table_beside(path, others) if root == path and table is None else None
     joined = join_table(ids, _frame_of(path, beside), Path(beside).name) if beside else None
     if table and not joined: raise BadInput(f"no column of {Path(table).name} holds the names of the files, e.g. {', '.join(ids[:3])}")
-    content = _content_of(found, ids, joined, Path(beside).name if beside else "", [n for n in names if n not in files and n != beside])
-    return replace(content, table=os.fspath(path / beside) if beside in names and path.is_dir() else beside or "")
+    content = _content_of(found, ids, joined, Path(beside).name if beside else "", [n for n in others if n != beside])
+    return replace(content, table=os.fspath(path / beside) if beside in others and path.is_dir() else beside or "")
 
 # %% ../../nbs/data/17_files.ipynb #bcc05bdf
 def _content_of(found: Sequence[tuple[str, Crystal | str]], ids: Sequence[str], joined: Joined | None, beside: str, others: Sequence[str]) -> Content:
@@ -642,6 +658,29 @@ def _content_of(found: Sequence[tuple[str, Crystal | str]], ids: Sequence[str], 
     if others: notes.append(f"{len(others)} other files were not read: {', '.join(others[:3])}" + " …" * (len(others) > 3))
     rejected = Rejected([(ids[i], i, found[i][0], w) for i, w in enumerate(why) if w is not None]) + Rejected(joined.rejected if joined else [])
     return Content(frame.hstack(rest.get_columns()) if rest.width else frame, "structure", "crystal", rows, rejected, notes=tuple(notes))
+
+# %% ../../nbs/data/17_files.ipynb #17th0002
+def crystal_keys(
+    source: str | os.PathLike,      # a folder or ZIP archive
+) -> Iterator[tuple[str, str]]:     # id and key of each crystal
+    "What a folder holds, in the order of the names."
+    root, files, _ = structure_files(Path(source))
+    for name, (file, data) in zip(_ids_of(files), _contents(root, files), strict=True):
+        try: keys = [file] if isinstance(data, str) else [k for k, _ in texts_in(data, file)]
+        except BadInput: keys = [file]
+        yield from ((name + k.removeprefix(file), k) for k in keys)
+
+def crystals_at(
+    source: str | os.PathLike,      # a folder or ZIP archive
+    keys: Sequence[str],            # from `crystal_keys`
+) -> list[Crystal | str]:           # or the reason why there is none
+    "The crystals with these keys."
+    there = set(zipfile.ZipFile(source).namelist()) if Path(source).is_file() else None
+    def file_of(key: str) -> str:
+        while "#" in key and not (key in there if there is not None else (Path(source) / key).is_file()): key = key.rsplit("#", 1)[0]
+        return key
+    found = dict(_read_some(os.fspath(source), list(dict.fromkeys(map(file_of, keys)))))
+    return [found[k] for k in keys]
 
 # %% ../../nbs/data/17_files.ipynb #e16fbb27
 _REPEATS = {"identity": pl.String, "rows": pl.Int64, "ids": pl.List(pl.String)}

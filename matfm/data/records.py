@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import Any, Self
 
 # %% auto #0
-__all__ = ['REJECTED_SCHEMA', 'SYMBOLS', 'NUMBERS', 'STRUCTURE', 'BASES', 'MAKERS', 'NAMES', 'Rejected', 'parse_formula',
-           'reduced_formula', 'formula_html', 'Cell', 'lattice_from_parameters', 'Crystal', 'crystal_html', 'Mixture',
-           'mixture_key', 'Atoms', 'hill_formula', 'check_target_unit', 'frame_digest', 'Table', 'Records',
-           'molecule_svg', 'records_html', 'parse_smiles', 'parse_crystal', 'parse_composition', 'parse_mixture',
-           'parse_reaction', 'parse_atoms', 'parse_structures', 'from_values', 'molecules', 'crystals', 'compositions',
-           'read_frame', 'find_structure', 'from_frame', 'read_table']
+__all__ = ['REJECTED_SCHEMA', 'SYMBOLS', 'NUMBERS', 'Sites', 'CLOSEST', 'STRUCTURE', 'BASES', 'MAKERS', 'NAMES', 'Rejected',
+           'parse_formula', 'reduced_formula', 'formula_html', 'Cell', 'lattice_from_parameters', 'Crystal',
+           'crystal_html', 'Mixture', 'mixture_key', 'Atoms', 'hill_formula', 'check_target_unit', 'frame_digest',
+           'Table', 'Records', 'molecule_svg', 'records_html', 'parse_smiles', 'parse_crystal', 'parse_composition',
+           'parse_mixture', 'parse_reaction', 'parse_atoms', 'parse_structures', 'from_values', 'molecules', 'crystals',
+           'compositions', 'read_frame', 'find_structure', 'from_frame', 'read_table']
 
 # %% ../../nbs/data/10_records.ipynb #f858fc24
 import numpy as np
@@ -214,10 +214,12 @@ def _site_table(text: str) -> tuple[list[str], list[list[str]]] | None:
     return (names, rows) if ok and rows else None
 
 # %% ../../nbs/data/10_records.ipynb #8357397d
-def _p1_cif(text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    "Lattice, numbers and positions of an ordered CIF in P 1; None if it is anything else."
+Sites = tuple[np.ndarray, np.ndarray, np.ndarray]  # lattice [3, 3], numbers [n], positions [n, 3]
+
+def _listed_sites(text: str) -> Sites | None:
+    "Lattice, numbers and positions as an ordered CIF lists them; None if it is anything else."
     cell, table = dict(_CELL.findall(text)), _site_table(text)
-    if table is None or not _P1.search(text) or text.count("data_") != 1 or set(cell) != set(_KEYS): return None
+    if table is None or text.count("data_") != 1 or set(cell) != set(_KEYS): return None
     names, rows = table
     at = {n.removeprefix("_atom_site_"): k for k, n in enumerate(names)}
     if not {"type_symbol", "fract_x", "fract_y", "fract_z"} <= set(at): return None
@@ -228,6 +230,55 @@ def _p1_cif(text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
         return lattice_from_parameters(p[:3], p[3:]), np.array([NUMBERS[r[at["type_symbol"]]] for r in rows]), np.array(xyz)
     except (KeyError, ValueError, ZeroDivisionError): return None
 
+def _p1_cif(text: str) -> Sites | None:
+    "The same where there is no symmetry beyond P 1."
+    return _listed_sites(text) if _P1.search(text) else None
+
+# %% ../../nbs/data/10_records.ipynb #10sym002
+_TERM = re.compile(r"([+-]?)(?:([xyz])|(\d+)/(\d+)|(\d*\.\d+|\d+))")
+
+_TABLE = re.compile(r"^\s*_(?:symmetry_equiv_pos_as_xyz|space_group_symop_operation_xyz)[ \t]*\n", re.M)
+
+def _operation(text: str) -> list[list[float]] | None:
+    "Rotation and translation [3, 4] of an operation such as `x, -y+1/2, z`; None if it is written in another way."
+    rows = re.sub(r"\s", "", text.lower()).split(",")
+    if len(rows) != 3 or not all(re.fullmatch(rf"(?:{_TERM.pattern})+", r) for r in rows): return None
+    out = [[0.0] * 4 for _ in rows]
+    for row, terms in zip(out, map(_TERM.findall, rows), strict=True):
+        for sign, axis, top, bottom, number in terms:
+            row["xyz".index(axis) if axis else 3] += (-1 if sign == "-" else 1) * (1 if axis else int(top) / int(bottom) if top else float(number))
+    return out
+
+@functools.lru_cache(maxsize=512)
+def _operations(lines: str) -> np.ndarray | None:
+    "[k, 3, 4] of the lines of a symmetry table, numbered or not; None if one of them is written in another way."
+    made = [_operation(re.sub(r"^\s*\d+\s+(?=\S)|['\"]", "", ln)) for ln in lines.splitlines()]
+    return None if None in made or not made else np.array(made)
+
+# %% ../../nbs/data/10_records.ipynb #10sym003
+def _images(
+    operations: np.ndarray,  # [k, 3, 4]
+    x: np.ndarray,           # [3], fractional coordinates of a site
+) -> np.ndarray:             # [m, 3]
+    "The different places of a site under the operations."
+    x = np.where(np.abs(x * 3 - np.rint(x * 3)) < 3e-4, np.rint(x * 3) / 3, x)  # a third is often cut off
+    places = (operations[:, :, :3] @ x + operations[:, :, 3]) % 1.0
+    first = np.unique(np.rint(places * 997) % 997 @ (1.0, 1e3, 1e6), return_index=True)[1]
+    def same(step: np.ndarray) -> np.ndarray: return (np.abs(step - np.rint(step)) < 1e-3).all(axis=-1)
+    if len(first) * same(places - places[0]).sum() != len(places): first = np.unique(same(places[:, None] - places).argmax(axis=1))  # rounding cut a place in two
+    return places[np.sort(first)]
+
+def _symmetric_cif(text: str) -> Sites | None:
+    "Lattice, numbers and positions of an ordered CIF with a symmetry table, all atoms of the cell; None if it is anything else."
+    found = _TABLE.split(text)
+    if len(found) != 2 or (listed := _listed_sites(text)) is None or not (said := _stated(text)): return None
+    try: operations = _operations(re.split(r"^\s*(?:_|#|loop_|data_|$)", found[1], maxsplit=1, flags=re.M)[0])
+    except ZeroDivisionError: return None
+    if operations is None: return None
+    places = [_images(operations, x) for x in listed[2]]
+    numbers = np.repeat(listed[1], [len(x) for x in places])
+    return (listed[0], numbers, np.concatenate(places)) if len(numbers) in _atoms_stated(text, said) else None
+
 # %% ../../nbs/data/10_records.ipynb #27f0d2f2
 class Crystal(Cell):
     "An ordered crystal; made from CIF, POSCAR or pymatgen, and written back to them."
@@ -236,15 +287,17 @@ class Crystal(Cell):
         "From a pymatgen `Structure`; `BadInput` if a site is partly occupied."
         if not len(structure): raise BadInput("a crystal without atoms")
         if not structure.is_ordered: raise BadInput(f"disordered crystal: partial occupancy in {structure.composition.reduced_formula}")
-        return cls(structure.lattice.matrix, np.array([s.specie.Z for s in structure]), structure.frac_coords)
+        numbers = np.array([s.specie.Z for s in structure])
+        if numbers.min() < 1 or numbers.max() > 118: raise BadInput(f"no element {next(s.specie.symbol for s in structure if not 1 <= s.specie.Z <= 118)!r}")
+        return cls(structure.lattice.matrix, numbers, structure.frac_coords)
 
     @classmethod
     def from_cif(cls, text: str) -> Self:
-        "From the text of a CIF file with one crystal."
-        fast = _p1_cif(text)
-        if fast is not None: return cls(*fast)
-        from pymatgen.io.cif import CifParser
-        return cls.from_pymatgen(_quietly(lambda: CifParser(io.StringIO(text)).parse_structures(primitive=False)[0], "CIF"))
+        "From the text of a CIF file with one crystal; `BadInput` if its sites contradict its formula or lie upon each other."
+        fast = _p1_cif(text) or _symmetric_cif(text)
+        made = cls(*fast) if fast is not None else cls.from_pymatgen(_quietly(lambda: _cif_structure(text), "CIF"))
+        if why := _contradiction(text, made): raise BadInput(f"not a usable CIF: {why}")
+        return made
 
     @classmethod
     def from_poscar(cls, text: str) -> Self:
@@ -273,6 +326,59 @@ def _quietly(parse: Any, what: str) -> Any:
         warnings.simplefilter("ignore")
         try: return parse()
         except Exception as e: raise BadInput(f"not a usable {what}: {_short(e) or type(e).__name__}") from e
+
+# %% ../../nbs/data/10_records.ipynb #10cif002
+CLOSEST = 0.5  # Å, atoms nearer than this are one atom given twice
+_SUM = re.compile(r"^_chemical_formula_sum\s+['\"]?([A-Za-z0-9. ]+?)['\"]?\s*$", re.M)
+_UNITS = re.compile(r"^_cell_formula_units_Z\s+(\d+)\s*$", re.M)
+
+def _symmetric(text: str) -> bool:
+    "Whether a CIF says anything of a symmetry beyond P 1."
+    return not _P1.search(text) and re.search(r"^\s*_(?:symmetry|space_group)_", text, re.M) is not None
+
+def _cif_structure(text: str) -> Any:
+    "pymatgen's structure of a CIF, or its own reason why there is none."
+    from pymatgen.io.cif import CifParser
+    if re.search(r"^_cell_length_[abc]\s+-", text, re.M): raise BadInput("a cell length is negative")
+    try: parser = CifParser(io.StringIO(text))
+    except ZeroDivisionError: raise BadInput("one of its tables has no rows") from None
+    try: return parser.parse_structures(primitive=False)[0]
+    except ValueError as e: raise BadInput([str(e), *getattr(parser, "warnings", [])][-1].split("\n", 1)[-1]) from e
+
+# %% ../../nbs/data/10_records.ipynb #10cif003
+def _stated(text: str) -> dict[str, float]:
+    "Amounts of the formula that a CIF states, deuterium as hydrogen; empty if there is none."
+    found = _SUM.search(text)
+    pairs = _flat(found[1]) if found else None
+    amounts: dict[str, float] = {}
+    for symbol, n in pairs or (): amounts["H" if symbol in ("D", "T") else symbol] = n + amounts.get("H" if symbol in ("D", "T") else symbol, 0.0)
+    return amounts
+
+def _atoms_stated(text: str, said: Mapping[str, float]) -> set[int]:
+    "How many atoms a cell can have by its formula and units; programs differ in whether the formula is that of a unit or of the cell."
+    total, divisor, found = sum(said.values()), math.gcd(*map(round, said.values())) or 1, _UNITS.search(text)
+    units = max(1, int(found[1])) if found else 1  # pymatgen counts half a molecule of hydrogen as none
+    return {round(units * total), round(units * total / divisor), *([round(total)] if divisor > 1 else [])}
+
+def _too_near(crystal: Crystal) -> str | None:
+    "Two atoms nearer than `CLOSEST`; of each pair the image that rounding finds, which is the nearest one at such distances."
+    if (length := np.linalg.norm(crystal.lattice, axis=1).min()) < CLOSEST: return f"a lattice vector has {length:.2f} Å"
+    for start in range(0, len(crystal), 256):
+        step = crystal.frac[start:start + 256, None] - crystal.frac
+        step -= np.rint(step)
+        squares = ((step @ crystal.lattice) ** 2).sum(axis=2)
+        near = np.argwhere(squares < CLOSEST**2)
+        for i, j in near[near[:, 0] + start < near[:, 1]][:1]: return f"atoms {i + start} and {j} are {squares[i, j] ** 0.5:.2f} Å apart"
+    return None
+
+def _contradiction(text: str, crystal: Crystal) -> str | None:
+    "What speaks against this crystal being that of the file."
+    said, found = _stated(text), crystal.composition
+    if said:
+        shares = [found[s] / said[s] for s in said if s in found]
+        if set(said) != set(found) or max(shares) > 1.01 * min(shares): return f"it states {_short(''.join(f'{s}{n:g}' for s, n in said.items()))}, its sites make {crystal.formula}"
+        if not _symmetric(text) and len(crystal) not in (whole := _atoms_stated(text, said)): return f"its cell has {' or '.join(map(str, sorted(whole)))} atoms, it gives {len(crystal)} and no symmetry"
+    return _too_near(crystal)
 
 # %% ../../nbs/data/10_records.ipynb #f71d4315
 def crystal_html(

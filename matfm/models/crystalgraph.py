@@ -30,7 +30,9 @@ class EdgeLinear(nn.Module):
 
     def forward(self, x: Tensor, edge_index: Tensor, e: Tensor) -> Tensor:  # [N, d], [2, E], [E, k] -> [E, out]
         j, i = edge_index
-        return self.centre(x).index_select(0, i) + self.neighbour(x).index_select(0, j) + self.edge(e)
+        z = self.centre(x).index_select(0, i)
+        z += self.neighbour(x).index_select(0, j)              # in place, for no gradient needs what was there
+        return torch.addmm(z, e, self.edge.weight.t())
 
 # %% ../../nbs/models/33_crystalgraph.ipynb #56c0f2c4
 class GatedConvolution(nn.Module):
