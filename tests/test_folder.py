@@ -1,12 +1,10 @@
 "A folder of crystals is predicted file by file: every file has a row, faults have reasons, and a run that was cut off goes on."
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import polars as pl
