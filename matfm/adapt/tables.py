@@ -44,6 +44,7 @@ def _said(smiles: str | None, cif: str | None, formula: str | None) -> tuple[str
     if len(given) > 1: raise BadInput("give one of smiles, cif and formula, not two")
     return (None, "") if not given else next((c, d) for d, c in given.items())
 
+# %% ../../nbs/adapt/67_tables.ipynb #462edcd2
 def structure_column(
     frame: pl.DataFrame,
     smiles: str | None = None,   # column with SMILES, if said

@@ -634,6 +634,7 @@ def structure_files(path: Path) -> tuple[Path, list[str], list[str]]:  # the fol
     taken = set(files)
     return root, files, [n for n in names if n not in taken]
 
+# %% ../../nbs/data/17_files.ipynb #b4766f0d
 def open_folder(path: Path, limit: int | None = None, table: str | os.PathLike | None = None, jobs: int | None = None) -> Content:
     "A folder, an archive or a single file of crystals, with the table beside it."
     root, files, others = structure_files(path)
@@ -670,6 +671,7 @@ def crystal_keys(
         except BadInput: keys = [file]
         yield from ((name + k.removeprefix(file), k) for k in keys)
 
+# %% ../../nbs/data/17_files.ipynb #17th0003
 def crystals_at(
     source: str | os.PathLike,      # a folder or ZIP archive
     keys: Sequence[str],            # from `crystal_keys`

@@ -338,6 +338,8 @@ def similarity_clusters(
     if len(smiles) > 10_000: raise BadInput(f"a matrix of {len(smiles)}² similarities is too large: cluster the molecules of one target at a time")
     from sklearn.cluster import SpectralClustering
     affinity = _tanimoto(_unpacked(smiles), slice(None)).astype(np.float64)
+    tie = np.random.default_rng(seed).random(affinity.shape) * 1e-6  # series of analogues have equal similarities, and rounding would choose between their eigenvectors
+    affinity += tie + tie.T
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of clusters without any similarity to each other
         return SpectralClustering(min(clusters, len(smiles)), random_state=seed, affinity="precomputed").fit(affinity).labels_.astype(np.int64)
