@@ -25,6 +25,7 @@ SMOKE = {
     "e15_mixtures": dict(limit=160, seeds=2, trees=10),
     "e16_corpora": dict(limit=400, rows_per_shard=100, batches=10, train_steps=1),
     "e17_transformer_speed": dict(limit=200, width=32, depth=1, repeats=2),
+    "e21_scaling": dict(sizes="16:1 24:1", data="60 120", valid=40, draws=3),
     "e22_scage": dict(n_pretrain=30, steps=2, limit=60, epochs=1, seeds=1),
     "e23_fgr": dict(datasets="esol", corpus=150, mined=150, support=15, patterns=40, steps=4, width=16, epochs=1, limit=80, seeds=2, trees=5),
     "e24_relational": dict(n_pretrain=40, steps=2, limit=60, epochs=1, seeds=1, trees=5),
