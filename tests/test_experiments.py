@@ -37,7 +37,7 @@ SMOKE = {
     "e34_low_data": dict(limit=70, seeds=1, sizes="30", models="kernel svm"),
     "e35_versus_peers": dict(sizes="30 40"),
     "e05_pretrain_compositions": dict(limit=120, steps=6, trees=5, forest_rows=60, small=""),
-    "e44_small_data": dict(limit=60, trees=5, draws=30, folds="0"),
+    "e44_small_data": dict(limit=60, trees=5, draws=30, sets="matbench_steels"),
     "e36_bulk_prediction": dict(limit=60, speed_rows=60, rows=150, broken=3, check_rows=40),
     "e46_throughput": dict(n_graphs=20, n_train=24, n_valid=8, batch_size=8, turns=1, n_files=8, n_folder=25),
 }
