@@ -120,17 +120,18 @@ class Features:
 
 
 # %% ../../nbs/adapt/65_features.ipynb #st100002
-SHIPPED = "matfm-graph-small"
+SHIPPED = {"molecule": "matfm-graph-small", "composition": "matfm-composition-small"}
 
 def encoder_of(
     name: str,          # checkpoint or folder; "auto": the shipped one, if it is there; "": none
+    domain: str = "molecule",  # what it is to read, of `SHIPPED`
 ) -> Pretrained | None:
     "The pretrained encoder that a specification asks for."
     from matfm.models.zoo import checkpoints, load_pretrained
-    if name == "auto": name = SHIPPED if SHIPPED in checkpoints() else ""
+    if name == "auto": name = SHIPPED[domain] if SHIPPED[domain] in checkpoints() else ""
     if not name: return None
     found = load_pretrained(name)
-    if found.representation.domain != "molecule": raise BadInput(f"{name} reads {found.representation.domain}s; a stacked predictor needs an encoder of molecules")
+    if found.representation.domain != domain: raise BadInput(f"{name} reads {found.representation.domain}s; here an encoder of {domain}s is needed")
     return found
 
 def embeddings(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
-from .features import EVERYTHING, LEVELS, SLOTS, Features, MoleculeReader, bit_matrix, embeddings
+from .features import EVERYTHING, LEVELS, SLOTS, Features, MoleculeReader, bit_matrix, embeddings, encoder_of
 from ..core import BadInput, pick
 from ..data.records import NUMBERS, Records, Rejected
 from ..represent.composition import composition_items, element_amounts
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['STEPS', 'BLOCK', 'GROUP_COLUMNS', 'SYSTEMS', 'LAST_OF_SYSTEM', 'POINT_ORDER', 'CENTRED', 'POLAR', 'GROUP_NAMES',
-           'SHIPPED', 'READS', 'share_bits', 'group_table', 'group_column', 'space_groups', 'Reader',
-           'encoder_of_materials', 'material_features', 'MaterialReader', 'reader_for', 'load_reader']
+           'READS', 'share_bits', 'group_table', 'group_column', 'space_groups', 'Reader', 'material_features',
+           'MaterialReader', 'reader_for', 'load_reader']
 
 # %% ../../nbs/adapt/66_material_features.ipynb #fm000005
 STEPS, BLOCK = 128, LEVELS * SLOTS // 1024  # steps of a share; bits kept for an element
@@ -97,18 +97,6 @@ class Reader(Protocol):
     def __call__(self, records: Records, uses: Collection[str] = EVERYTHING) -> tuple[Features, np.ndarray, Rejected]: ...
     def save(self, folder: Path) -> dict[str, Any]: ...
 
-# %% ../../nbs/adapt/66_material_features.ipynb #fm000013a
-SHIPPED = "matfm-composition-small"
-
-def encoder_of_materials(name: str) -> Pretrained | None:
-    "The pretrained encoder of compositions that is asked for; \"auto\": the shipped one, if it is there."
-    from matfm.models.zoo import checkpoints, load_pretrained
-    if name == "auto": name = SHIPPED if SHIPPED in checkpoints() else ""
-    if not name: return None
-    found = load_pretrained(name)
-    if found.representation.domain != "composition": raise BadInput(f"{name} reads {found.representation.domain}s; a stacked predictor of materials needs an encoder of compositions")
-    return found
-
 # %% ../../nbs/adapt/66_material_features.ipynb #fm000014
 def material_features(
     records: Records,  # compositions or crystals
@@ -148,7 +136,7 @@ class MaterialReader:
     @classmethod
     def make(cls, domain: str, encoder: str = "auto", light: bool = False, columns: Sequence[str] = ()) -> MaterialReader:
         "Everything, or for a light model the elements alone."
-        return cls(domain, False, None) if light else cls(domain, True, encoder_of_materials(encoder), group_column(columns))
+        return cls(domain, False, None) if light else cls(domain, True, encoder_of(encoder, "composition"), group_column(columns))
 
     def __call__(self, records: Records, uses: Collection[str] = EVERYTHING) -> tuple[Features, np.ndarray, Rejected]:
         "Features of the readable rows, their row numbers [n], and the others."

@@ -34,11 +34,11 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['MEMBERS', 'LIGHT', 'MATERIALS', 'SHARES', 'LEARNT', 'LENGTHS', 'NOISES', 'FOLDED', 'MIN_ROWS', 'StackedSpec',
            'default_spec', 'Scaler', 'KernelSpec', 'loo_predictions', 'choose_kernel', 'KernelMember', 'solve_kernel',
-           'fit_kernel', 'tree_columns', 'Trees', 'flat_trees', 'joined_trees', 'grow', 'BoostingMember',
-           'fit_boosting', 'TreesMember', 'fit_trees', 'squared_error', 'absolute_error', 'logit_loss', 'blend',
-           'Scale', 'choose_scale', 'Spread', 'Target', 'fit_members', 'contributions', 'usable_folds', 'nearest',
-           'judged', 'fit_target', 'Stacked', 'predict_batch', 'stream_predictions', 'said', 'stacked_html', 'kinds_of',
-           'fit_stacked', 'save_stacked', 'read_stacked', 'load_stacked']
+           'fit_kernel', 'tree_columns', 'used_columns', 'held_out', 'Trees', 'flat_trees', 'joined_trees', 'grow',
+           'BoostingMember', 'fit_boosting', 'TreesMember', 'fit_trees', 'squared_error', 'absolute_error',
+           'logit_loss', 'blend', 'Scale', 'choose_scale', 'Spread', 'Target', 'fit_members', 'contributions',
+           'usable_folds', 'nearest', 'judged', 'fit_target', 'Stacked', 'predict_batch', 'stream_predictions', 'said',
+           'stacked_html', 'kinds_of', 'fit_stacked', 'save_stacked', 'read_stacked', 'load_stacked']
 
 # %% ../../nbs/adapt/68_stacked.ipynb #st000005
 MEMBERS = ("kernel", "boosting", "trees", "circular")
@@ -234,6 +234,17 @@ def tree_columns(
     np.add.at(counts, (np.repeat(np.arange(len(F)), np.diff(bits.indptr)), bits.indices // (LEVELS * (SLOTS // FOLDED))), 1)
     return np.hstack([F.descriptors, counts])
 
+# %% ../../nbs/adapt/68_stacked.ipynb #st000035a
+def used_columns(F: Features) -> tuple[np.ndarray, np.ndarray]:  # [n, k] float32; [k], which of `tree_columns`
+    "Columns that are not zero in at least three rows."
+    X = tree_columns(F)
+    columns = np.flatnonzero((X != 0).sum(axis=0) >= 3)
+    return np.ascontiguousarray(X[:, columns]), columns
+
+def held_out(folds: np.ndarray) -> list[np.ndarray]:  # [repeats, n] -> of each fold which rows are left out, [n] bool
+    "The rows left out, fold by fold."
+    return [fold == k for fold in folds for k in range(fold.max() + 1)]
+
 # %% ../../nbs/adapt/68_stacked.ipynb #st000036
 @dataclass(eq=False)
 class Trees:
@@ -317,10 +328,7 @@ def fit_boosting(
     until: float | None,  # time (of `time.perf_counter`) at which the member must be ready; None: any
 ) -> tuple[BoostingMember, np.ndarray] | None:
     "The member and its out-of-fold scores; None when the first ensembles show that time will not do."
-    X = tree_columns(F)
-    columns = np.flatnonzero((X != 0).sum(axis=0) >= 3)
-    X, begun = np.ascontiguousarray(X[:, columns]), time.perf_counter()
-    held = [fold == k for fold in folds for k in range(fold.max() + 1)]
+    (X, columns), held, begun = used_columns(F), held_out(folds), time.perf_counter()
     grown, out = [], np.zeros(len(z))
     with ThreadPoolExecutor(usable_cores()) as pool:  # scikit-learn grows trees outside Python's lock
         jobs = [pool.submit(lambda h, seed: grow(kind, X[~h], z[~h], seed), h, spec.seed * 1000 + j) for j, h in enumerate(held, start=1)]
@@ -361,10 +369,8 @@ def fit_trees(
 ) -> tuple[TreesMember, np.ndarray] | None:
     "The member and its out-of-fold scores; None when the first ensembles show that time will not do."
     from sklearn.ensemble import ExtraTreesRegressor
-    X, middle = tree_columns(F), "median" if kind == "regression" and spec.aim == "absolute" else "mean"
-    columns = np.flatnonzero((X != 0).sum(axis=0) >= 3)
-    X, begun = np.ascontiguousarray(X[:, columns]), time.perf_counter()
-    held = [fold == k for fold in folds for k in range(fold.max() + 1)]
+    middle = "median" if kind == "regression" and spec.aim == "absolute" else "mean"
+    (X, columns), held, begun = used_columns(F), held_out(folds), time.perf_counter()
     grown, out = [], np.zeros(len(z))
     for done, h in enumerate(held, start=1):
         forest = ExtraTreesRegressor(trees, max_features=1 / 3, random_state=spec.seed * 1000 + done, n_jobs=usable_cores()).fit(X[~h], z[~h])

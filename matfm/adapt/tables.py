@@ -147,7 +147,7 @@ def split_table(
 
 # %% ../../nbs/adapt/67_tables.ipynb #2cfad5d7
 FOREST = {"molecule": "ecfp_forest", "crystal": "composition_forest", "composition": "composition_forest"}
-TREES = 100  # of the forest beside the model: five times as many move its error by about a hundredth, and take longer than the model
+TREES = 100  # of the forest beside the model; 500 of them took longer than the model itself
 LEVEL = 0.9  # share of truths that an interval is to hold
 
 def _beside(o: Any, train: Records, test: Records, seed: int) -> list[Metric]:
