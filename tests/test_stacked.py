@@ -245,6 +245,26 @@ def test_compositions_with_space_groups_are_learnt_kept_and_streamed(oxides, tmp
     with pytest.raises(BadInput, match="space_group"): predict_file(tmp_path / "model", tmp_path / "bare.csv", tmp_path / "out2.csv", jobs=1)
 
 
+def test_further_columns_are_learnt_kept_and_asked_for(oxides, tmp_path):
+    from matfm.app.bulk import predict_file
+    kelvin = np.random.default_rng(0).permutation(np.linspace(300.0, 900.0, len(oxides)))
+    warm = Records(oxides.frame.with_columns(kelvin=pl.Series(kelvin), gap=pl.Series(kelvin / 300)), "composition", {"gap": "eV"})
+    rows, spec = np.arange(len(warm)), stacked.MATERIALS.replace(encoder="", also=("kelvin",))
+    train, test = warm.take(rows[rows % 5 != 0]), warm.take(rows[rows % 5 == 0])
+    made, blind = (fit_stacked(train, s) for s in (spec, spec.replace(also=())))
+    error = [float(np.abs(m.predict(test)[0]["gap"].to_numpy() - test.y("gap")[:, 0]).mean()) for m in (made, blind)]
+    assert error[0] < 0.5 * error[1] and made.reader.columns == ("formula", "space_group", "kelvin")
+    made.save_pretrained(tmp_path / "model")
+    assert Stacked.load(tmp_path / "model").spec.also == ("kelvin",)
+    table = test.frame.select("formula", pl.col("space_group").cast(pl.String), pl.col("kelvin").cast(pl.String))
+    table.vstack(pl.DataFrame({"formula": ["CaO"], "space_group": ["225"], "kelvin": ["hot"]})).write_csv(tmp_path / "new.csv")
+    done = predict_file(tmp_path / "model", tmp_path / "new.csv", tmp_path / "out.csv", jobs=1)
+    assert (done.rows, done.rejected) == (len(test) + 1, 1)
+    np.testing.assert_allclose(pl.read_csv(tmp_path / "out.csv")["gap_pred"].to_numpy()[:-1], made.predict(test)[0]["gap"].to_numpy(), rtol=1e-4, atol=1e-5)
+    with pytest.raises(BadInput, match="kelvin"): made.predict(Records(test.frame.drop("kelvin"), "composition", {}))
+    with pytest.raises(BadInput, match="target"): fit_stacked(train, spec.replace(also=("gap",)))
+
+
 # ---- the baseline ----------------------------------------------------------------------------------------------------
 
 def test_svm_beats_the_mean_and_chooses_inside_the_training_part(table):

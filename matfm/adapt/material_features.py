@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['STEPS', 'BLOCK', 'GROUP_COLUMNS', 'SYSTEMS', 'LAST_OF_SYSTEM', 'POINT_ORDER', 'CENTRED', 'POLAR', 'GROUP_NAMES',
-           'READS', 'share_bits', 'group_table', 'group_column', 'space_groups', 'Reader', 'material_features',
-           'MaterialReader', 'reader_for', 'load_reader']
+           'READS', 'share_bits', 'group_table', 'group_column', 'space_groups', 'Reader', 'column_numbers',
+           'material_features', 'MaterialReader', 'reader_for', 'load_reader']
 
 # %% ../../nbs/adapt/66_material_features.ipynb #fm000005
 STEPS, BLOCK = 128, LEVELS * SLOTS // 1024  # steps of a share; bits kept for an element
@@ -97,18 +97,30 @@ class Reader(Protocol):
     def __call__(self, records: Records, uses: Collection[str] = EVERYTHING) -> tuple[Features, np.ndarray, Rejected]: ...
     def save(self, folder: Path) -> dict[str, Any]: ...
 
+# %% ../../nbs/adapt/66_material_features.ipynb #fm000013a
+def column_numbers(
+    records: Records,
+    columns: Sequence[str],
+) -> np.ndarray:  # [n, columns] float64, NaN where there is no number
+    "Columns of a table as numbers."
+    if missing := [c for c in columns if c not in records.frame.columns]: raise BadInput(f"the model reads a column {missing[0]!r}, which these records lack")
+    return np.column_stack([np.zeros((len(records), 0)), *(records.frame[c].cast(float, strict=False).fill_null(np.nan).to_numpy() for c in columns)])
+
+
 # %% ../../nbs/adapt/66_material_features.ipynb #fm000014
 def material_features(
     records: Records,  # compositions or crystals
     stats: bool,       # whether descriptors are wanted
     encoder: Pretrained | None,
     column: str = "",  # with space groups
+    also: Sequence[str] = (),  # further columns of numbers
 ) -> tuple[Features, np.ndarray, Rejected]:
     "Features of the readable rows, their row numbers [n], and the others."
-    reads, parsed, amounts, kept, bad = CompositionStats(), [], [], [], []
+    reads, parsed, amounts, kept, bad, more = CompositionStats(), [], [], [], [], column_numbers(records, also)
     for i, formula in enumerate(records.frame["formula"].to_list()):
         try:
             found = element_amounts(formula)
+            if holes := [c for c, v in zip(also, more[i], strict=True) if not np.isfinite(v)]: raise BadInput(f"no number in column {holes[0]!r}")
             parsed.append(reads.read(formula))
         except BadInput as e: bad.append((records.ids[i], i, str(formula), str(e)))
         else:
@@ -116,7 +128,7 @@ def material_features(
             kept.append(i)
     rows, items = np.array(kept, np.int64), composition_items(amounts)
     groups = space_groups(records, column)[rows] if stats or encoder is not None else np.zeros(len(rows), np.int64)
-    values = np.column_stack([reads.rows(parsed), group_table()[groups]]) if stats and len(rows) else np.zeros((len(rows), 0), np.float32)
+    values = np.column_stack([reads.rows(parsed), group_table()[groups], more[rows].astype(np.float32)]) if stats and len(rows) else np.zeros((len(rows), 0), np.float32)
     learnt = np.zeros((len(rows), 0), np.float32)
     if encoder is not None: learnt = embeddings(encoder, [{**item, "space_group": np.array([g], np.int16)} for item, g in zip(items, groups, strict=True)], batch=512)
     return Features((share_bits(items),), values, learnt), rows, Rejected(bad)
@@ -129,31 +141,34 @@ class MaterialReader:
     stats: bool
     encoder: Pretrained | None
     groups: str = ""  # column with space groups; empty: a crystal's are found from its structure, a formula has none
+    also: tuple[str, ...] = ()  # further columns of numbers
     prints: ClassVar[tuple[str, ...]] = ("elements",)
     @property
-    def columns(self) -> tuple[str, ...]: return ("formula", self.groups) if self.groups else ("formula",)
+    def columns(self) -> tuple[str, ...]: return ("formula", *filter(None, [self.groups]), *self.also)
 
     @classmethod
-    def make(cls, domain: str, encoder: str = "auto", light: bool = False, columns: Sequence[str] = ()) -> MaterialReader:
+    def make(cls, domain: str, encoder: str = "auto", light: bool = False, columns: Sequence[str] = (), also: Sequence[str] = ()) -> MaterialReader:
         "Everything, or for a light model the elements alone."
-        return cls(domain, False, None) if light else cls(domain, True, encoder_of(encoder, "composition"), group_column(columns))
+        for c in also: pick(c, columns, "column")
+        if light and also: raise BadInput(f"a light model looks at the elements alone, not at {', '.join(also)}")
+        return cls(domain, False, None) if light else cls(domain, True, encoder_of(encoder, "composition"), group_column([c for c in columns if c not in also]), tuple(also))
 
     def __call__(self, records: Records, uses: Collection[str] = EVERYTHING) -> tuple[Features, np.ndarray, Rejected]:
         "Features of the readable rows, their row numbers [n], and the others."
         pick(records.domain, [self.domain], "kind of record")
-        return material_features(records, self.stats and "descriptors" in uses, self.encoder if "embedding" in uses else None, self.groups)
+        return material_features(records, self.stats and "descriptors" in uses, self.encoder if "embedding" in uses else None, self.groups, self.also if "descriptors" in uses else ())
 
     def save(self, folder: Path) -> dict[str, Any]:
         "Write what is large into `folder`, and return the rest."
         if self.encoder is not None:
             from matfm.models.zoo import save_pretrained
             save_pretrained(folder / "encoder", self.encoder)
-        return {"domain": self.domain, "stats": self.stats, "encoder": self.encoder is not None, "groups": self.groups}
+        return {"domain": self.domain, "stats": self.stats, "encoder": self.encoder is not None, "groups": self.groups, "also": list(self.also)}
 
     @classmethod
     def load(cls, config: Mapping[str, Any], folder: Path) -> MaterialReader:
         from matfm.models.zoo import load_pretrained
-        return cls(config["domain"], bool(config["stats"]), load_pretrained(folder / "encoder") if config["encoder"] else None, config["groups"])
+        return cls(config["domain"], bool(config["stats"]), load_pretrained(folder / "encoder") if config["encoder"] else None, config["groups"], tuple(config.get("also", ())))
 
 # %% ../../nbs/adapt/66_material_features.ipynb #fm000017
 READS = ("molecule", "composition", "crystal")
@@ -163,10 +178,12 @@ def reader_for(
     encoder: str = "auto",        # checkpoint or folder; "": none
     light: bool = False,          # for a model that looks at fingerprints alone
     columns: Sequence[str] = (),  # of the records' table
+    also: Sequence[str] = (),     # columns of numbers that are features too; of compositions and crystals
 ) -> Reader:
     "The reader of a kind of record."
-    if pick(domain, READS, "kind of record for a stacked predictor") == "molecule": return MoleculeReader.make(encoder, light)
-    return MaterialReader.make(domain, encoder, light, columns)
+    if pick(domain, READS, "kind of record for a stacked predictor") != "molecule": return MaterialReader.make(domain, encoder, light, columns, also)
+    if also: raise BadInput("further columns are read of compositions and crystals only, not of molecules")
+    return MoleculeReader.make(encoder, light)
 
 # %% ../../nbs/adapt/66_material_features.ipynb #fm000017a
 def load_reader(config: Mapping[str, Any], folder: Path) -> Reader:

@@ -53,6 +53,7 @@ class StackedSpec(Spec):
     level: float = 0.9           # share of truths that an interval is to hold
     kernel_rows: int = 4000      # landmarks of the kernel; its time grows with their cube
     encoder: str = "auto"        # checkpoint or folder of a pretrained encoder; "auto": the shipped one; "": none
+    also: tuple[str, ...] = ()   # columns of the table that are features too; of compositions and crystals
     aim: str = "squared"         # the error that weights and scales are to make small: "squared" or "absolute"
     seed: int = 0
 
@@ -727,8 +728,9 @@ def fit_stacked(
 ) -> Stacked:
     "Fit predictors of all targets."
     spec = default_spec(records.domain) if spec is None else spec
-    begun, found, reader = time.perf_counter(), kinds_of(records, kinds), reader_for(records.domain, spec.encoder, spec.light, records.frame.columns)
+    begun, found, reader = time.perf_counter(), kinds_of(records, kinds), reader_for(records.domain, spec.encoder, spec.light, records.frame.columns, spec.also)
     if not found: raise BadInput("the records have no targets to learn")
+    if both := [c for c in spec.also if c in records.targets]: raise BadInput(f"{both[0]!r} is a target: it cannot be a feature too")
     F, kept, rejected = reader(records)
     rejected.check(len(records))
     similar, made = print_similarity(F, F), []

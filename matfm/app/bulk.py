@@ -87,14 +87,15 @@ def fit_table(
     rejected: Rejected = Rejected(),   # rows set aside when the table was read; kept in the folder
     source: str = "",                  # the table's file, for the record
     light: bool = False,               # one kernel on circular fingerprints instead of the stack: for predicting millions
+    also: Sequence[str] = (),          # further columns of numbers to learn from, of formulas
 ) -> Result:                           # with what each member contributed in its tables
     "Fit a stacked predictor, test it beside the baselines, and save it with its papers."
     from matfm.adapt.stacked import default_spec, fit_stacked
     if not records.targets: raise BadInput("the records have no targets to learn")
     _no_clash(list(records.targets), records.targets)
-    spec, made, out = default_spec(records.domain, light).replace(budget=budget, seed=seed, level=LEVEL), split_table(records, split, seed), Path(out)
+    spec, made, out = default_spec(records.domain, light).replace(budget=budget, seed=seed, level=LEVEL, also=tuple(also)), split_table(records, split, seed), Path(out)
     start_folder(out, made, rejected)
-    asked = {"file": source or records.name, "target": records.targets, "model": "light" if light else "stacked", "members": list(spec.members), "split": made.method, "budget": budget, "seed": seed}
+    asked = {"file": source or records.name, "target": records.targets, "model": "light" if light else "stacked", "members": list(spec.members), "also": list(spec.also), "split": made.method, "budget": budget, "seed": seed}
     rec = Recorder(ExperimentSpec("finetune", asked), out, baselines=f"dummy: the training mean; {FOREST[records.domain]}: a random forest of {TREES} trees on {'fingerprints' if records.domain == 'molecule' else 'composition statistics'}", notes=f"{len(rejected)} rows of the table were set aside")
     rec.data(records)
     rec.data("split", made.digest)

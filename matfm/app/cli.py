@@ -317,9 +317,9 @@ def wants_network(
         if (others := [n for n in asked if n != "model"]) or always:
             raise BadInput(f"--model light is a predictor of molecules and formulas, {'--' + others[0] + ' belongs to networks' if others else f'these are {domain}s'}: leave one of them out")
         return False
-    budget = ctx.params.get("budget")
-    if budget and (asked or always):
-        raise BadInput(f"--budget belongs to the stacked predictor of molecules and formulas, {'--' + asked[0] + ' to networks' if asked else f'these are {domain}s'}: leave one of them out")
+    for own in ("budget", "also"):
+        if ctx.params.get(own) and (asked or always):
+            raise BadInput(f"--{own} belongs to the stacked predictor of molecules and formulas, {'--' + asked[0] + ' to networks' if asked else f'these are {domain}s'}: leave one of them out")
     return bool(asked) or always
 
 # %% ../../nbs/app/99_cli.ipynb #cl000001
@@ -332,6 +332,7 @@ def finetune(
     strategy: Annotated[str, typer.Option(help="full or frozen, of a network.")] = "full",
     lr: Annotated[float, typer.Option(help="Learning rate of a network's encoder.")] = 1e-4,
     seed: Annotated[int, typer.Option(help="Of split, weights and batches.")] = 0,
+    also: Annotated[list[str] | None, typer.Option(help="A further column of numbers to learn from, beside formulas; may be repeated.")] = None,
 ) -> None:
     "Fit a model to your own table.\n\nMolecules and formulas: a stack of quick predictors; with --model light one that predicts millions; with another --model, and for crystals, a network. Reports the test error beside a constant guess and a forest."
     if unit and len(unit) != len(target): raise BadInput(f"{len(unit)} units for {len(target)} targets")
@@ -341,7 +342,7 @@ def finetune(
     records, rejected = read_labelled(file, dict(zip(target, unit, strict=True)) if unit else target, smiles, cif, formula=formula)
     network, made = wants_network(ctx, records.domain), split_table(records, split, seed)
     _aside(rejected, len(records) + len(rejected), out / "rejected.csv")
-    if not network: result = bulk.fit_table(records, out, seconds, made, seed, rejected, file.name, light=model == LIGHT)
+    if not network: result = bulk.fit_table(records, out, seconds, made, seed, rejected, file.name, light=model == LIGHT, also=also or ())
     else:
         from matfm.adapt.finetune import FinetuneSpec
         spec = configured(FinetuneSpec, strategy=strategy, epochs=epochs, lr=lr, seed=seed)
