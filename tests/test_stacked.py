@@ -265,6 +265,23 @@ def test_further_columns_are_learnt_kept_and_asked_for(oxides, tmp_path):
     with pytest.raises(BadInput, match="target"): fit_stacked(train, spec.replace(also=("gap",)))
 
 
+def test_a_row_with_a_hole_is_kept_with_its_reason_and_a_wrong_column_costs_no_model(oxides, tmp_path):
+    from typer.testing import CliRunner
+    from matfm.app.cli import app
+    table = oxides.frame.select("formula", "gap", kelvin=pl.Series([*("" if i % 9 == 4 else str(300 + i) for i in range(len(oxides)))]))
+    table.vstack(pl.DataFrame({"formula": ["Og2O3"], "gap": [1.0], "kelvin": ["300"]})).write_csv(tmp_path / "t.csv")
+    fit = lambda *also: CliRunner().invoke(app, ["finetune", str(tmp_path / "t.csv"), "--formula", "formula", "--target", "gap", "--out", str(tmp_path / "model"), *(a for c in also for a in ("--also", c))])
+    assert (done := fit("kelvin")).exit_code == 0, done.output
+    lost = pl.read_csv(tmp_path / "model" / "rejected.csv", schema_overrides={"id": pl.String})
+    assert lost["id"].to_list() == [str(i) for i in range(len(table) + 1) if i % 9 == 4 and i < len(table) or i == len(table)]
+    assert set(lost["reason"][:-1]) == {"no number in column 'kelvin'"} and "Og" in lost["reason"][-1]
+    split = json.loads((tmp_path / "model" / "split.json").read_text())
+    assert sum(len(split[k]) for k in ("train", "valid", "test")) + len(lost) == len(table) + 1
+    before = (tmp_path / "model" / "stacked.json").read_bytes()
+    for also in ("kelwin", "gap"): assert fit(also).exit_code != 0
+    assert (tmp_path / "model" / "stacked.json").read_bytes() == before
+
+
 # ---- the baseline ----------------------------------------------------------------------------------------------------
 
 def test_svm_beats_the_mean_and_chooses_inside_the_training_part(table):

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['STEPS', 'BLOCK', 'GROUP_COLUMNS', 'SYSTEMS', 'LAST_OF_SYSTEM', 'POINT_ORDER', 'CENTRED', 'POLAR', 'GROUP_NAMES',
            'READS', 'share_bits', 'group_table', 'group_column', 'space_groups', 'Reader', 'column_numbers',
-           'material_features', 'MaterialReader', 'reader_for', 'load_reader']
+           'material_features', 'MaterialReader', 'reader_for', 'load_reader', 'check_also', 'complete_rows']
 
 # %% ../../nbs/adapt/66_material_features.ipynb #fm000005
 STEPS, BLOCK = 128, LEVELS * SLOTS // 1024  # steps of a share; bits kept for an element
@@ -101,11 +101,10 @@ class Reader(Protocol):
 def column_numbers(
     records: Records,
     columns: Sequence[str],
-) -> np.ndarray:  # [n, columns] float64, NaN where there is no number
+) -> np.ndarray:  # [n, columns] float32, NaN where there is no number
     "Columns of a table as numbers."
     if missing := [c for c in columns if c not in records.frame.columns]: raise BadInput(f"the model reads a column {missing[0]!r}, which these records lack")
-    return np.column_stack([np.zeros((len(records), 0)), *(records.frame[c].cast(float, strict=False).fill_null(np.nan).to_numpy() for c in columns)])
-
+    with np.errstate(over="ignore"): return np.column_stack([np.zeros((len(records), 0)), *(records.frame[c].cast(float, strict=False).fill_null(np.nan).to_numpy() for c in columns)]).astype(np.float32)
 
 # %% ../../nbs/adapt/66_material_features.ipynb #fm000014
 def material_features(
@@ -128,7 +127,7 @@ def material_features(
             kept.append(i)
     rows, items = np.array(kept, np.int64), composition_items(amounts)
     groups = space_groups(records, column)[rows] if stats or encoder is not None else np.zeros(len(rows), np.int64)
-    values = np.column_stack([reads.rows(parsed), group_table()[groups], more[rows].astype(np.float32)]) if stats and len(rows) else np.zeros((len(rows), 0), np.float32)
+    values = np.column_stack([reads.rows(parsed), group_table()[groups], more[rows]]) if stats and len(rows) else np.zeros((len(rows), 0), np.float32)
     learnt = np.zeros((len(rows), 0), np.float32)
     if encoder is not None: learnt = embeddings(encoder, [{**item, "space_group": np.array([g], np.int16)} for item, g in zip(items, groups, strict=True)], batch=512)
     return Features((share_bits(items),), values, learnt), rows, Rejected(bad)
@@ -190,3 +189,25 @@ def load_reader(config: Mapping[str, Any], folder: Path) -> Reader:
     "The reader that `save` has written."
     kind: Any = MoleculeReader if pick(config["domain"], READS, "kind of record") == "molecule" else MaterialReader
     return kind.load(config, folder)
+
+# %% ../../nbs/adapt/66_material_features.ipynb #fm000019
+def check_also(
+    records: Records,
+    also: Sequence[str],  # columns that are to be features
+    light: bool = False,
+) -> None:
+    "Whether these columns can be features of these records."
+    if not also: return
+    reader_for(records.domain, "", light, records.frame.columns, also)
+    if both := [c for c in also if c in records.targets]: raise BadInput(f"{both[0]!r} is a target: it cannot be a feature too")
+
+def complete_rows(
+    records: Records,
+    also: Sequence[str] = (),
+    light: bool = False,
+) -> tuple[Records, Rejected]:
+    "The rows of which all is there that a reader needs, and the others; molecules are parsed already."
+    check_also(records, also, light)
+    if records.domain == "molecule": return records, Rejected()
+    _, kept, rejected = material_features(records, False, None, also=also)
+    return records.take(kept), rejected

@@ -20,7 +20,7 @@ import numpy as np
 import polars as pl
 
 from .features import LEVELS, SLOTS, Features, bit_matrix, mean_similarity, print_similarity
-from .material_features import Reader, load_reader, reader_for
+from .material_features import Reader, check_also, load_reader, reader_for
 from ..core import BadInput, Spec, atomic_write, pick, sha256_file
 from ..data.records import Records, Rejected
 from ..evaluate.baselines import Platt, dealt_folds, squared_distance
@@ -730,7 +730,7 @@ def fit_stacked(
     spec = default_spec(records.domain) if spec is None else spec
     begun, found, reader = time.perf_counter(), kinds_of(records, kinds), reader_for(records.domain, spec.encoder, spec.light, records.frame.columns, spec.also)
     if not found: raise BadInput("the records have no targets to learn")
-    if both := [c for c in spec.also if c in records.targets]: raise BadInput(f"{both[0]!r} is a target: it cannot be a feature too")
+    check_also(records, spec.also, spec.light)
     F, kept, rejected = reader(records)
     rejected.check(len(records))
     similar, made = print_similarity(F, F), []

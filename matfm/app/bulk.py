@@ -82,7 +82,7 @@ def fit_table(
     records: Records,                  # molecules or compositions with targets, e.g. from `read_labelled`
     out: str | os.PathLike,            # folder to write
     budget: float | None = None,       # seconds; None: as long as it takes
-    split: str | Split | None = None,  # what is held out, see `split_table`
+    split: str | Split | None = None,  # what is held out, see `split_table`; a `Split` is of rows that `complete_rows` left
     seed: int = 0,
     rejected: Rejected = Rejected(),   # rows set aside when the table was read; kept in the folder
     source: str = "",                  # the table's file, for the record
@@ -90,9 +90,13 @@ def fit_table(
     also: Sequence[str] = (),          # further columns of numbers to learn from, of formulas
 ) -> Result:                           # with what each member contributed in its tables
     "Fit a stacked predictor, test it beside the baselines, and save it with its papers."
+    from matfm.adapt.material_features import complete_rows
     from matfm.adapt.stacked import default_spec, fit_stacked
     if not records.targets: raise BadInput("the records have no targets to learn")
     _no_clash(list(records.targets), records.targets)
+    if not isinstance(split, Split):
+        records, aside = complete_rows(records, also, light)
+        rejected += aside
     spec, made, out = default_spec(records.domain, light).replace(budget=budget, seed=seed, level=LEVEL, also=tuple(also)), split_table(records, split, seed), Path(out)
     start_folder(out, made, rejected)
     asked = {"file": source or records.name, "target": records.targets, "model": "light" if light else "stacked", "members": list(spec.members), "also": list(spec.also), "split": made.method, "budget": budget, "seed": seed}

@@ -336,11 +336,15 @@ def finetune(
 ) -> None:
     "Fit a model to your own table.\n\nMolecules and formulas: a stack of quick predictors; with --model light one that predicts millions; with another --model, and for crystals, a network. Reports the test error beside a constant guess and a forest."
     if unit and len(unit) != len(target): raise BadInput(f"{len(unit)} units for {len(target)} targets")
+    from matfm.adapt.material_features import complete_rows
     from matfm.adapt.tables import configured, finetune_table, read_labelled, split_table
     from matfm.app import bulk
     seconds = bulk.duration(budget) if budget else None
     records, rejected = read_labelled(file, dict(zip(target, unit, strict=True)) if unit else target, smiles, cif, formula=formula)
-    network, made = wants_network(ctx, records.domain), split_table(records, split, seed)
+    if not (network := wants_network(ctx, records.domain)):
+        records, unfit = complete_rows(records, also or (), model == LIGHT)
+        rejected += unfit
+    made = split_table(records, split, seed)
     _aside(rejected, len(records) + len(rejected), out / "rejected.csv")
     if not network: result = bulk.fit_table(records, out, seconds, made, seed, rejected, file.name, light=model == LIGHT, also=also or ())
     else:
