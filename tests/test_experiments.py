@@ -38,6 +38,7 @@ SMOKE = {
     "e35_versus_peers": dict(sizes="30 40"),
     "e05_pretrain_compositions": dict(limit=120, steps=6, trees=5, forest_rows=60, small=""),
     "e44_small_data": dict(limit=60, trees=5, draws=30, sets="matbench_steels"),
+    "e47_small_crystals": dict(limit=60, trees=5, folds="0", sets="dielectric_constant:n"),
     "e36_bulk_prediction": dict(limit=60, speed_rows=60, rows=150, broken=3, check_rows=40),
     "e46_throughput": dict(n_graphs=20, n_train=24, n_valid=8, batch_size=8, turns=1, n_files=8, n_folder=25),
 }
