@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,8 @@ from ..registry import encoders
 from ..represent.descriptors import CompositionStats, matrix
 
 # %% auto #0
-__all__ = ['PENALTIES', 'HOW', 'Ridge', 'loo_ridge', 'Pool', 'make_pool', 'Arm', 'kept_arm', 'cell', 'finetuned_error',
-           'low_label_rows', 'paired_gain', 'gain_plot']
+__all__ = ['PENALTIES', 'HOW', 'Ridge', 'loo_ridge', 'Pool', 'make_pool', 'Arm', 'kept_arm', 'pretraining_rows', 'cell',
+           'finetuned_error', 'low_label_rows', 'paired_gain', 'gain_plot']
 
 # %% ../../nbs/adapt/72_low_labels.ipynb #72a00005
 PENALTIES = tuple(float(p) for p in np.logspace(-3, 6, 19))
@@ -138,6 +139,21 @@ def kept_arm(
     return Arm(name, made), [dict(h) for h in history]
 
 # %% ../../nbs/adapt/72_low_labels.ipynb #72a00021
+def pretraining_rows(
+    records: Records,
+    forbidden: Sequence[str],  # formulas of the pool
+    limit: int = 0,            # materials drawn; 0: all
+    held: float = 1 / 30,      # share of the formulas held out
+    seed: int = 0,
+) -> tuple[np.ndarray, np.ndarray]:
+    "Row numbers to pretrain on, and of materials whose formulas are held out."
+    names, order = np.array(records.frame["formula"].to_list()), np.random.default_rng(seed)
+    rows = order.permutation(np.flatnonzero(~np.isin(names, list(forbidden))))[:limit or None]
+    distinct = sorted(set(names[rows]))
+    out = np.random.default_rng(seed).permutation(distinct)[:max(1, int(held * len(distinct) + 1e-9))]
+    return rows[~np.isin(names[rows], out)], rows[np.isin(names[rows], out)]
+
+# %% ../../nbs/adapt/72_low_labels.ipynb #72a00025
 HOW = ("frozen", "frozen+composition", "finetuned")
 
 def cell(
@@ -153,7 +169,7 @@ def cell(
     with atomic_write(path) as p: p.write_text(json.dumps({**key, "value": value}))
     return value
 
-# %% ../../nbs/adapt/72_low_labels.ipynb #72a00022
+# %% ../../nbs/adapt/72_low_labels.ipynb #72a00026
 def finetuned_error(
     arm: Arm,
     pool: Pool,
@@ -170,7 +186,7 @@ def finetuned_error(
     best = min(models, key=lambda m: m.info["valid"][pool.target])
     return float(np.abs(predict_items(best.predictor, arm.pretrained.representation, [pool.items[i] for i in pool.test])[:, 0] - pool.y[pool.test]).mean())
 
-# %% ../../nbs/adapt/72_low_labels.ipynb #72a00023
+# %% ../../nbs/adapt/72_low_labels.ipynb #72a00027
 def low_label_rows(
     arms: Sequence[Arm],
     pool: Pool,
@@ -189,7 +205,8 @@ def low_label_rows(
     for a in arms:
         X = embed_items(a.pretrained, pool.items) if set(how) - {"finetuned"} else stats
         ways |= {(a.name, h): (a.digest, np.hstack([X, stats]) if h == "frozen+composition" else X) for h in how}
-    by_name, rows = {a.name: a for a in arms}, []
+    by_name: dict[str, Arm] = {a.name: a for a in arms}
+    rows: list[dict[str, Any]] = []
     def error(arm: str, h: str, X: np.ndarray, train: np.ndarray, valid: np.ndarray, seed: int) -> float:
         if h == "finetuned": return finetuned_error(by_name[arm], pool, train, valid, spec.replace(seed=seed), lrs)
         if h == "forest": got = CompositionForest(seed=seed).fit(pool.records.take(train), pool.target).predict(pool.records.take(pool.test))
@@ -200,10 +217,10 @@ def low_label_rows(
             train, valid = pool.draw(seed, n)
             key = {"version": 1, "arm": arm, "weights": digest, "how": h, "n": n, "seed": seed, "target": pool.target, "records": pool.records.digest, "n_test": len(pool.test)}
             if h == "finetuned": key |= {"spec": spec.to_dict(), "lrs": list(lrs)}
-            rows.append({**{k: key[k] for k in ("arm", "how", "n", "seed", "target", "n_test")}, "mae": cell(folder, key, lambda: error(arm, h, X, train, valid, seed))})
+            rows.append({**{k: key[k] for k in ("arm", "how", "n", "seed", "target", "n_test")}, "mae": cell(folder, key, partial(error, arm, h, X, train, valid, seed))})
     return rows
 
-# %% ../../nbs/adapt/72_low_labels.ipynb #72a00027
+# %% ../../nbs/adapt/72_low_labels.ipynb #72a00031
 def paired_gain(
     rows: Sequence[Mapping[str, Any]],  # from `low_label_rows`
     arm: str,
@@ -221,7 +238,7 @@ def paired_gain(
         out.append({"target": target, "n": n, "arm": arm, "against": against, "how": how, "change": d.mean, "low": d.low, "high": d.high, "p": d.p, "seeds": d.n})
     return out
 
-# %% ../../nbs/adapt/72_low_labels.ipynb #72a00028
+# %% ../../nbs/adapt/72_low_labels.ipynb #72a00032
 def gain_plot(
     gains: Sequence[Mapping[str, Any]],  # from `paired_gain`, of one target
     ax: Any = None,
