@@ -40,7 +40,7 @@ SMOKE = {
     "e44_small_data": dict(limit=60, trees=5, draws=30, sets="matbench_steels"),
     "e47_small_crystals": dict(limit=60, trees=5, folds="0", sets="dielectric_constant:n"),
     "e36_bulk_prediction": dict(limit=60, speed_rows=60, rows=150, broken=3, check_rows=40),
-    "e40_shuffling": dict(limit=60, steps=2, pool_limit=120, n_test=20, sizes="20", seeds=2, arms="shuffling", tuned_sizes="20", epochs=1, lrs="0.001"),
+    "e40_shuffling": dict(targets="band_gap", limit=60, steps=2, pool_limit=120, n_test=20, sizes="20", seeds=2, arms="shuffling", tuned_sizes="20", tuned_seeds=1, epochs=1, lrs="0.001"),
     "e41_infomax": dict(limit=60, steps=2, pool_limit=120, n_test=20, sizes="20", seeds=2),
     "e43_physics": dict(limit=60, steps=2, pool_limit=120, n_test=20, sizes="20", seeds=2, arms="symmetry"),
     "e46_throughput": dict(n_graphs=20, n_train=24, n_valid=8, batch_size=8, turns=1, n_files=8, n_folder=25),

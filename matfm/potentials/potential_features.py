@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ..core import pick
+from ..core import BadInput, pick
 from .potential import WEIGHTS, chgnet_graph, chgnet_model
 from ..registry import representations
 from ..represent.descriptors import Descriptor
@@ -54,6 +54,7 @@ class CHGNetFeatures(Descriptor):
 
     def read(self, record: Any) -> tuple[Any, float]:
         "CHGNet's graph and the cell's volume, Å³."
+        if not hasattr(record, "lattice"): raise BadInput(f"a crystal is needed, got {type(record).__name__}: {str(record)[:60]}")
         return chgnet_graph(record), float(abs(np.linalg.det(record.lattice)))
 
     def rows(self, parsed: Sequence[tuple[Any, float]], batch: int = 16) -> np.ndarray:
