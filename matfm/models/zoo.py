@@ -54,7 +54,7 @@ def from_scratch(
         representation = cls.default() if hasattr(cls, "default") else cls()
     encoder_cls = encoders.get(encoder_name)
     wanted, got = encoder_cls.representation, getattr(type(representation), "registry_name", type(representation).__name__)
-    if got != wanted: raise BadInput(f"encoder {encoder_name!r} reads the representation {wanted!r}, got {got!r}")
+    if wanted not in (got, getattr(representation, "like", got)): raise BadInput(f"encoder {encoder_name!r} reads the representation {wanted!r}, got {got!r}")
     allowed = list(inspect.signature(encoder_cls).parameters)
     for k in config: pick(k, allowed, f"argument of {encoder_name}")
     with torch.random.fork_rng(devices=[]):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core import BadInput, Batch, Encoded
-from ..registry import objectives
+from ..registry import objectives, representations
 
 # %% auto #0
 __all__ = ['uniform', 'mean_loss', 'fraction_true', 'GuessHead', 'ObjectiveModule', 'suited', 'Mixed']
@@ -89,8 +89,9 @@ def suited(
     representation: str | Any,  # a representation, or the name of one
 ) -> list[str]:
     "Names of the registered objectives that can work on batches of this representation."
-    name = representation if isinstance(representation, str) else getattr(type(representation), "registry_name", "")
-    return [o for o in objectives if name in getattr(objectives.get(o), "suits", ())]
+    cls = representations.get(representation) if isinstance(representation, str) else type(representation)
+    names = {getattr(cls, "registry_name", ""), getattr(cls, "like", "")} - {""}
+    return [o for o in objectives if names.intersection(getattr(objectives.get(o), "suits", ()))]
 
 # %% ../../nbs/pretrain/50_objectives.ipynb #298687bf
 @objectives.register("mixed")

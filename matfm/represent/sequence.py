@@ -134,6 +134,7 @@ def _tokens_or_none(representation: Any, text: Any) -> list[int]:
 class Tokens(Vocabulary):
     "Molecule → token ids and back; what every tokeniser of this page can do."
     domain: ClassVar[str] = "molecule"
+    like: ClassVar[str] = "smiles"             # encoders and objectives of this representation take any tokens
     outer: ClassVar[re.Pattern[str]] = _OUTER  # cuts a string into pieces
 
     def encode(self, smiles: str) -> list[int]:
