@@ -10,7 +10,7 @@ from matfm.run.sheets import FIELDS, FactSheet, check_sheets, problems, schema
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 COMPLETE = dict(
-    kind="model", name="toy", summary="A toy.", data="toy_data: 10 rows", splits="random 8/1/1, seed 0", metrics={"mae": 0.5}, limits=["toys only"],
+    kind="model", name="toy", summary="A toy.", data="toy_data: 10 rows", space="ten toys", splits="random 8/1/1, seed 0", metrics={"mae": 0.5}, limits=["toys only"],
     intended_use="tests", risks="none known", licence="Apache-2.0", citation="none", recipe="tests/test_sheets.py", energy="not measurable", provenance={"code": "x"})
 
 

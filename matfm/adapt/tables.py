@@ -23,6 +23,7 @@ from ..data.splits import PARTS, Split
 from ..registry import baselines, encoders, objectives, splitters
 from ..run.results import ExperimentSpec, Metric, Recorder, Result, code_version, load_json, usable_cores
 from ..run.sheets import FactSheet, energy_note
+from ..run.space import space_of
 from ..settings import load_settings
 
 if TYPE_CHECKING:
@@ -204,7 +205,7 @@ def finetuned_sheet(
     start, targets = result.data.get("start", ""), ", ".join(records.targets)
     return FactSheet(
         kind="model", name=f"{records.name}_{'_'.join(records.targets)}", summary=f"Predicts {targets} of {records.domain}s; fine-tuned from {start} with `matfm finetune`.",
-        data=f"{table}, content digest {records.digest}", splits=f"{split.method}, {len(split.train)}/{len(split.valid)}/{len(split.test)} rows, seed {p['seed']}, digest {split.digest}",
+        data=f"{table}, content digest {records.digest}", space=space_of(records).lines(), splits=f"{split.method}, {len(split.train)}/{len(split.valid)}/{len(split.test)} rows, seed {p['seed']}, digest {split.digest}",
         metrics=[m for m in result.metrics if m.tags.get("model") == "fine-tuned"], limits=tested_limits(result, split),
         intended_use=f"predicting {targets} for {records.domain}s like those of the table", risks="predictions far from the training data can be wrong by more than the interval says",
         licence="not stated: follows from the table's licence and that of the starting checkpoint", citation="none yet", recipe=f"matfm finetune {p['file']} (parameters in result.json)",
@@ -361,7 +362,7 @@ def pretrained_sheet(
     held = int(done.pretrained.info.get("valid_items", 0))
     return FactSheet(
         kind="model", name=f"{type(done.pretrained.encoder).__name__}_{objective}", summary=f"An encoder of {records.domain}s, pretrained without labels with {objective}.",
-        data=f"{records.name} ({len(records)} {records.domain}s), content digest {records.digest}", splits="random 95/5 of the records; the 5 % only watch the training",
+        data=f"{records.name} ({len(records)} {records.domain}s), content digest {records.digest}", space=space_of(records).lines(), splits="random 95/5 of the records; the 5 % only watch the training",
         metrics=[Metric(k, v, n=held or None, tags={"part": rows[-1]["part"]}) for k, v in figures.items()],
         limits="not tested on any property yet: compare with the same encoder from scratch before trusting it", intended_use=f"a starting point for fine-tuning on {records.domain}s",
         risks="it carries whatever bias its unlabelled data have", licence="not stated: follows from the licence of the data", citation="none yet",

@@ -34,6 +34,7 @@ from ..data.splits import Split
 from ..registry import representations
 from ..run.results import ExperimentSpec, Recorder, Result, load_json, usable_cores
 from ..run.sheets import FactSheet, energy_note
+from ..run.space import space_of
 
 # %% auto #0
 __all__ = ['STREAMED', 'Answer', 'duration', 'added_columns', 'stacked_sheet', 'fit_table', 'is_streamed', 'open_rows', 'Domain',
@@ -71,7 +72,7 @@ def stacked_sheet(
     kind, targets, fitted = f"{records.domain}s", ", ".join(records.targets), len(split.train) + len(split.valid)
     return FactSheet(
         kind="model", name=f"{records.name}_{'_'.join(records.targets)}", summary=f"Predicts {targets} of {kind}; {made_of}, fitted with `matfm finetune`.",
-        data=f"{records.name} ({len(records)} {kind}), content digest {records.digest}", splits=f"{split.method}, {fitted} rows fitted, {len(split.test)} tested, seed {p['seed']}, digest {split.digest}",
+        data=f"{records.name} ({len(records)} {kind}), content digest {records.digest}", space=space_of(records).lines(), splits=f"{split.method}, {fitted} rows fitted, {len(split.test)} tested, seed {p['seed']}, digest {split.digest}",
         metrics=[m for m in result.metrics if m.tags.get("model") == "stacked"], limits=tested_limits(result, split, "predictions of rows left out of the fit in turn"),
         intended_use=f"predicting {targets} for {kind} like those of the table", risks="predictions far from the training data can be wrong by more than the interval says; in_domain marks them",
         licence="not stated: follows from the table's licence", citation="none yet", recipe=f"matfm finetune {p['file']} (parameters in result.json)",

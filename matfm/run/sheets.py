@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from ..core import BadInput, Spec, atomic_write, sha256_file
-from .results import Metric, Result, html_table, jsonable, load_json, metric_rows, save_json, show_value
+from .results import Metric, Result, code_version, html_table, jsonable, load_json, metric_rows, save_json, show_value, versions
 
 # %% auto #0
 __all__ = ['FIELDS', 'LISTS', 'KINDS', 'Lines', 'SHEET_FILES', 'DATA_SUFFIXES', 'schema', 'complete', 'problems', 'FactSheet',
-           'energy_note', 'sheet_markdown', 'sheet_html', 'folder_hashes', 'save_sheet', 'load_sheet',
+           'energy_note', 'sheet_markdown', 'sheet_html', 'folder_hashes', 'stamp', 'save_sheet', 'load_sheet',
            'result_problems', 'check_sheets']
 
 # %% ../../nbs/run/06_sheets.ipynb #2f0493f8
@@ -30,6 +30,7 @@ FIELDS: dict[str, str] = {
     "name": "the name it is loaded by",
     "summary": "what it is, in two or three sentences",
     "data": "what it was made from: data sets with rows and source",
+    "space": "which chemistry that covers: elements, sizes, families, and where it is thin",
     "splits": "how train, validation and test were separated",
     "metrics": "what was measured on it, with n and interval",
     "limits": "where it fails or was never tried",
@@ -42,7 +43,7 @@ FIELDS: dict[str, str] = {
     "provenance": "files and digests: what exactly it is",
     "created": "ISO date",
 }
-LISTS = ["data", "limits", "intended_use", "risks"]
+LISTS = ["data", "space", "limits", "intended_use", "risks"]
 KINDS = ["model", "data", "result"]
 
 # %% ../../nbs/run/06_sheets.ipynb #0f8f0485
@@ -110,6 +111,7 @@ class FactSheet(Spec):
     name: str = ""
     summary: str = ""
     data: Lines = ()
+    space: Lines = ()                  # see `matfm.run.space.space_of`
     splits: str = ""
     metrics: Any = ()                  # becomes a tuple of Metric
     limits: Lines = ()
@@ -181,6 +183,11 @@ def folder_hashes(folder: str | os.PathLike) -> dict[str, str]:
     files = {f.relative_to(root).as_posix(): f for f in sorted(root.rglob("*")) if f.is_file() and f.name not in SHEET_FILES and not other & set(f.parents)}
     return {name: sha256_file(f) for name, f in files.items() if not any(part.startswith(".") for part in name.split("/"))}
 
+# %% ../../nbs/run/06_sheets.ipynb #5a0e0002
+def stamp() -> dict[str, str]:
+    "Code and environment, for a provenance."
+    return {"code": code_version(), "environment": ", ".join(f"{k} {v}" for k, v in versions().items())}
+
 # %% ../../nbs/run/06_sheets.ipynb #71217916
 def save_sheet(
     sheet: FactSheet,
@@ -188,7 +195,7 @@ def save_sheet(
 ) -> FactSheet:
     "Write `factsheet.json` and `FACTSHEET.md`; returns the sheet with the folder's files in its provenance."
     Path(folder).mkdir(parents=True, exist_ok=True)
-    whole = sheet.replace(provenance={**sheet.provenance, **folder_hashes(folder)})
+    whole = sheet.replace(provenance={**stamp(), **sheet.provenance, **folder_hashes(folder)})
     save_json(whole.to_dict(), Path(folder) / SHEET_FILES[0])
     with atomic_write(Path(folder) / SHEET_FILES[1]) as p: p.write_text(sheet_markdown(whole), encoding="utf-8")
     return whole
@@ -217,9 +224,10 @@ def result_problems(
 
 # %% ../../nbs/run/06_sheets.ipynb #d2c3f722
 def _hash_problems(folder: Path, sheet: FactSheet, name: str) -> list[str]:
-    "Files of the folder that the sheet does not know, or knows otherwise."
+    "Files of the folder that the sheet does not know, or knows otherwise; code and environment if it does not name them."
     actual = folder_hashes(folder)
-    return [f"{name}/{f}: its sha256 is not the one in factsheet.json" if f in sheet.provenance else f"{name}/{f}: not listed in factsheet.json's provenance"
+    lacking = [f"{name}: provenance does not say {k}" for k in stamp() if k not in sheet.provenance]
+    return lacking + [f"{name}/{f}: its sha256 is not the one in factsheet.json" if f in sheet.provenance else f"{name}/{f}: not listed in factsheet.json's provenance"
             for f, h in actual.items() if f.endswith(DATA_SUFFIXES) and sheet.provenance.get(f) != h]
 
 def _sheet_folder(file: Path, root: Path) -> Path | None:
