@@ -38,6 +38,7 @@ def checked_level(level: float) -> float:
     if not 0 < level < 1: raise BadInput(f"level must lie between 0 and 1, got {level}")
     return level
 
+# %% ../../nbs/evaluate/76_conformal.ipynb #cf000006
 def plus_interval(
     residuals: ArrayLike,    # |y − prediction| of each training row by the model that did not see it, [n]
     predictions: ArrayLike,  # of the new rows, one row for each model, [K, m]
@@ -60,7 +61,7 @@ def plus_interval(
         ends[1, s:s + step] = np.partition(mid + half, k - 1, axis=0)[k - 1]
     return ends[0], ends[1]
 
-# %% ../../nbs/evaluate/76_conformal.ipynb #cf000009
+# %% ../../nbs/evaluate/76_conformal.ipynb #cf000010
 @dataclass(eq=False)
 class CrossPlus:
     "Models of folds with the errors they made on the rows left out."
@@ -75,6 +76,7 @@ class CrossPlus:
         p = np.stack([o[0] if self.scaled else o for o in out])
         return p.mean(0), *plus_interval(self.residuals, p, self.folds, level, np.stack([o[1] for o in out]) if self.scaled else None)
 
+# %% ../../nbs/evaluate/76_conformal.ipynb #cf000011
 def cross_plus(
     learn: Callable[[np.ndarray, np.ndarray], Callable[[np.ndarray], Any]],  # (X, y) → what predicts
     X: np.ndarray,            # [n, F]
@@ -94,6 +96,7 @@ def cross_plus(
         r[of == f] = np.abs(y[of == f] - out[0]) / np.maximum(out[1], 1e-12) if scaled else np.abs(y[of == f] - out)
     return CrossPlus(models, r, of, scaled)
 
+# %% ../../nbs/evaluate/76_conformal.ipynb #cf000012
 def plus_promise(
     n: int,       # training rows
     folds: int,   # n: jackknife+
@@ -102,7 +105,7 @@ def plus_promise(
     "Coverage that CV+ guarantees (Barber et al. 2021, theorems 1 and 4)."
     return 2 * level - 1 - min(2 * (1 - 1 / folds) / (n / folds + 1), (1 - folds / n) / (folds + 1))
 
-# %% ../../nbs/evaluate/76_conformal.ipynb #cf000013
+# %% ../../nbs/evaluate/76_conformal.ipynb #cf000016
 @dataclass
 class ConformalQuantiles(Spec):
     "Quantiles shifted so that they hold the wanted share. `fit` sets the shift and returns the object."
@@ -132,7 +135,7 @@ class ConformalQuantiles(Spec):
         crossed = lo > hi
         return np.where(crossed, (lo + hi) / 2, lo), np.where(crossed, (lo + hi) / 2, hi)
 
-# %% ../../nbs/evaluate/76_conformal.ipynb #cf000015
+# %% ../../nbs/evaluate/76_conformal.ipynb #cf000018
 def leaf_weights(
     forest: Any,    # fitted forest of scikit-learn
     X: np.ndarray,  # training rows, [n, F]
@@ -146,6 +149,7 @@ def leaf_weights(
         out += (b[:, t][:, None] == a[:, t]) / size[b[:, t]][:, None]
     return out / a.shape[1]
 
+# %% ../../nbs/evaluate/76_conformal.ipynb #cf000019
 def weighted_quantiles(
     y: np.ndarray,            # values, [n]
     weights: np.ndarray,      # ≥ 0, [m, n]
@@ -160,7 +164,7 @@ def forest_quantiles(forest: Any, X: np.ndarray, y: np.ndarray, new: np.ndarray,
     "Quantiles of the new rows, [m, levels], by a forest that was fitted to X and y."
     return weighted_quantiles(np.asarray(y, float), leaf_weights(forest, X, new), levels)
 
-# %% ../../nbs/evaluate/76_conformal.ipynb #cf000020
+# %% ../../nbs/evaluate/76_conformal.ipynb #cf000024
 @dataclass
 class Mondrian(Spec):
     "Split conformal prediction within groups."
@@ -198,7 +202,7 @@ class Mondrian(Spec):
         half = np.array([math.inf if v is None else v for v in q]) * (1.0 if std is None else np.asarray(std, float))
         return p - half, p + half
 
-# %% ../../nbs/evaluate/76_conformal.ipynb #cf000025
+# %% ../../nbs/evaluate/76_conformal.ipynb #cf000029
 def weighted_half_width(
     scores: ArrayLike,       # errors of the calibration rows, [n]
     weights: ArrayLike,      # how much more frequent rows like them are among the new ones, [n]
@@ -214,12 +218,13 @@ def weighted_half_width(
     k = np.searchsorted(total, checked_level(level) * (total[-1] + v) * (1 - 1e-12), "left")
     return np.append(s[order], math.inf)[k]
 
+# %% ../../nbs/evaluate/76_conformal.ipynb #cf000030
 def effective_rows(weights: ArrayLike) -> float:
     "How many equally weighted rows say as much: (Σw)² / Σw²."
     w = np.asarray(weights, float)
     return float(w.sum() ** 2 / (w**2).sum())
 
-# %% ../../nbs/evaluate/76_conformal.ipynb #cf000029
+# %% ../../nbs/evaluate/76_conformal.ipynb #cf000034
 def shift_weights(
     calibration: np.ndarray,     # features or embeddings of the calibration rows, [n, F]
     new: np.ndarray,             # of the new rows, [m, F]
@@ -238,6 +243,7 @@ def shift_weights(
     w = _odds(Z, n, seed) if method == "classifier" else _density_ratio(Z, n)
     return w[:n], w[n:]
 
+# %% ../../nbs/evaluate/76_conformal.ipynb #cf000035
 def _odds(Z: np.ndarray, n: int, seed: int) -> np.ndarray:
     "Cross-fitted odds of being new, for equally many rows of both kinds."
     from sklearn.linear_model import LogisticRegression
@@ -250,13 +256,14 @@ def _odds(Z: np.ndarray, n: int, seed: int) -> np.ndarray:
     p = np.clip(p, 0.01, 0.99)
     return p / (1 - p) * n / (len(Z) - n)
 
+# %% ../../nbs/evaluate/76_conformal.ipynb #cf000036
 def _density_ratio(Z: np.ndarray, n: int) -> np.ndarray:
     "Ratio of kernel densities."
     from scipy.stats import gaussian_kde
     old, new = (gaussian_kde(part.T)(Z.T) for part in (Z[:n], Z[n:]))
     return np.clip(new / np.maximum(old, 1e-300), 0.01, 100)
 
-# %% ../../nbs/evaluate/76_conformal.ipynb #cf000032
+# %% ../../nbs/evaluate/76_conformal.ipynb #cf000039
 @dataclass
 class ConformalSets(Spec):
     "Sets of classes that hold the true one with the wanted probability."
@@ -296,7 +303,7 @@ class ConformalSets(Spec):
         if self.n == 0: raise BadInput("not calibrated yet: call fit(y, prob) with held-out rows first")
         return self.scores(prob, 1) <= (math.inf if self.threshold is None else self.threshold + 1e-12)
 
-# %% ../../nbs/evaluate/76_conformal.ipynb #cf000036
+# %% ../../nbs/evaluate/76_conformal.ipynb #cf000043
 def interval_score(y: ArrayLike, lower: ArrayLike, upper: ArrayLike, level: float = 0.9) -> np.ndarray:  # [n]
     "Width, plus 2/(1 − level) times the distance by which the truth lies outside; less is better."
     a, lo, hi = (np.asarray(v, float) for v in (y, lower, upper))
@@ -307,6 +314,7 @@ def pinball(y: ArrayLike, quantile: ArrayLike, level: float) -> np.ndarray:  # [
     d = np.asarray(y, float) - np.asarray(quantile, float)
     return np.maximum(checked_level(level) * d, (level - 1) * d)
 
+# %% ../../nbs/evaluate/76_conformal.ipynb #cf000044
 def crps_normal(y: ArrayLike, mean: ArrayLike, std: ArrayLike) -> np.ndarray:  # [n]
     "Continuous ranked probability score of normal distributions."
     from scipy.stats import norm
@@ -314,6 +322,7 @@ def crps_normal(y: ArrayLike, mean: ArrayLike, std: ArrayLike) -> np.ndarray:  #
     z = (a - m) / s
     return s * (z * (2 * norm.cdf(z) - 1) + 2 * norm.pdf(z) - 1 / math.sqrt(math.pi))
 
+# %% ../../nbs/evaluate/76_conformal.ipynb #cf000045
 def crps_draws(y: ArrayLike, draws: ArrayLike) -> np.ndarray:  # [n], [S, n] -> [n]
     "The same from draws of the forecast, without bias by their number (Ferro 2014, doi:10.1002/qj.2270)."
     a, d = np.asarray(y, float), np.sort(np.asarray(draws, float), axis=0)
@@ -322,7 +331,7 @@ def crps_draws(y: ArrayLike, draws: ArrayLike) -> np.ndarray:  # [n], [S, n] -> 
     apart = 2 * ((2 * np.arange(1, S + 1) - S - 1)[:, None] * d).sum(0) / (S * (S - 1))  # mean |d − d'| over pairs
     return np.abs(d - a).mean(0) - apart / 2
 
-# %% ../../nbs/evaluate/76_conformal.ipynb #cf000039
+# %% ../../nbs/evaluate/76_conformal.ipynb #cf000048
 def pit(y: ArrayLike, mean: ArrayLike, std: ArrayLike) -> np.ndarray:  # [n] each, from 0 to 1
     "Share of each normal forecast that lies below the truth; rows without a measurement are left out."
     from scipy.stats import norm
@@ -330,6 +339,7 @@ def pit(y: ArrayLike, mean: ArrayLike, std: ArrayLike) -> np.ndarray:  # [n] eac
     a, m = paired(y, mean)
     return norm.cdf((a - m) / np.maximum(np.asarray(std, float)[known], 1e-12))
 
+# %% ../../nbs/evaluate/76_conformal.ipynb #cf000049
 def plot_pit(y: ArrayLike, mean: ArrayLike, std: ArrayLike, bins: int = 10, label: str = "", ax: Axes | None = None) -> Axes:
     "Histogram of the transform with the band that 95 % of its bins should keep to."
     from scipy.stats import binom
@@ -339,7 +349,7 @@ def plot_pit(y: ArrayLike, mean: ArrayLike, std: ArrayLike, bins: int = 10, labe
     ax.axhspan(*(float(binom.ppf(q, len(values), 1 / bins)) for q in (0.025, 0.975)), color=COLOURS["green"], alpha=0.25, linewidth=0)
     return ax
 
-# %% ../../nbs/evaluate/76_conformal.ipynb #cf000042
+# %% ../../nbs/evaluate/76_conformal.ipynb #cf000052
 def risk_coverage(
     error: ArrayLike,        # of each row, e.g. |y − prediction|, [n]
     uncertainty: ArrayLike,  # the larger the sooner a row is rejected, [n]
@@ -353,6 +363,7 @@ def risk_coverage(
     n = np.arange(1, len(e) + 1)
     return n / len(e), np.cumsum(level) / n
 
+# %% ../../nbs/evaluate/76_conformal.ipynb #cf000053
 def aurc(error: ArrayLike, uncertainty: ArrayLike) -> float:
     "Mean risk over all coverages, in the unit of the error."
     return float(risk_coverage(error, uncertainty)[1].mean())
@@ -362,6 +373,7 @@ def excess_aurc(error: ArrayLike, uncertainty: ArrayLike) -> float:
     best, flat = aurc(error, error), float(np.mean(np.asarray(error, float)))
     return (aurc(error, uncertainty) - best) / (flat - best) if flat > best else float("nan")
 
+# %% ../../nbs/evaluate/76_conformal.ipynb #cf000054
 def plot_risk_coverage(error: ArrayLike, uncertainty: Mapping[str, ArrayLike], unit: str = "", ax: Axes | None = None) -> Axes:
     "Curves of several uncertainties, with oracle and random order."
     ax = axes(ax, "share answered", f"mean error{f' ({unit})' if unit else ''}")
@@ -371,7 +383,7 @@ def plot_risk_coverage(error: ArrayLike, uncertainty: Mapping[str, ArrayLike], u
     ax.legend(frameon=False, fontsize="small")
     return ax
 
-# %% ../../nbs/evaluate/76_conformal.ipynb #cf000045
+# %% ../../nbs/evaluate/76_conformal.ipynb #cf000057
 @dataclass(eq=False)
 class Domain:
     "Training rows, and the distance beyond which a row is not like them. Made by `fit_domain`."
@@ -386,8 +398,9 @@ class Domain:
 
     def distance(self, X: ArrayLike) -> np.ndarray:  # [m, F] -> [m]
         "Distance of new rows to the training rows."
-        Z = (np.asarray(X, float) - self.mean) / self.scale
-        if Z.ndim != 2: raise BadInput(f"need rows of {len(self.mean)} features, got shape {np.shape(X)}")
+        Z = np.asarray(X, float)
+        if Z.ndim != 2 or Z.shape[1] != len(self.mean): raise BadInput(f"need rows of {len(self.mean)} features, got shape {Z.shape}")
+        Z = (Z - self.mean) / self.scale
         if self.method == "neighbours": return _near(Z, self.rows, self.k)
         n = len(self.rows)
         h = 1 / n + np.einsum("ij,jk,ik->i", Z, self.inverse, Z)
@@ -397,6 +410,7 @@ class Domain:
         "Whether rows are within the limit."
         return self.distance(X) <= self.limit
 
+# %% ../../nbs/evaluate/76_conformal.ipynb #cf000058
 def _near(Z: np.ndarray, rows: np.ndarray, k: int, left_out: bool = False) -> np.ndarray:
     "Mean distance to the k nearest rows, per root of the number of features."
     out = np.empty(len(Z))
@@ -406,7 +420,7 @@ def _near(Z: np.ndarray, rows: np.ndarray, k: int, left_out: bool = False) -> np
         out[s:s + step] = np.sqrt(np.partition(d, k - 1, axis=1)[:, :k]).mean(1)
     return out / math.sqrt(Z.shape[1])
 
-# %% ../../nbs/evaluate/76_conformal.ipynb #cf000047
+# %% ../../nbs/evaluate/76_conformal.ipynb #cf000060
 def fit_domain(
     X: ArrayLike,                  # features or embeddings of the training rows, [n, F]
     method: str = "neighbours",    # "neighbours", "mahalanobis" or "leverage"
@@ -433,7 +447,7 @@ def fit_domain(
     d.limit = 3 * (X.shape[1] + 1) / n if keep is None else float(np.quantile(d.own, keep))
     return d
 
-# %% ../../nbs/evaluate/76_conformal.ipynb #cf000051
+# %% ../../nbs/evaluate/76_conformal.ipynb #cf000064
 def judge_flag(
     distance: ArrayLike,  # of each row to the training rows, or any sign of trouble, [n]
     flagged: ArrayLike,   # which rows are declared outside, [n] bool
@@ -454,7 +468,7 @@ def judge_flag(
         out += [share(f"coverage_{name}", int(hit[rows].sum()), int(rows.sum())) for name, rows in (("flagged", f), ("unflagged", ~f))]
     return out
 
-# %% ../../nbs/evaluate/76_conformal.ipynb #cf000054
+# %% ../../nbs/evaluate/76_conformal.ipynb #cf000067
 def plot_williams(
     domain: Domain,      # with the method "leverage"
     X: ArrayLike,        # [n, F]
