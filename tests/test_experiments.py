@@ -39,6 +39,7 @@ SMOKE = {
     "e05_pretrain_compositions": dict(limit=120, steps=6, trees=5, forest_rows=60, small=""),
     "e44_small_data": dict(limit=60, trees=5, draws=30, sets="matbench_steels"),
     "e47_small_crystals": dict(limit=60, trees=5, folds="0", sets="dielectric_constant:n"),
+    "e51_uncertainty": dict(sets="matbench_steels", seeds=1, limit=110, train_rows=60, trees=8, members=2, epochs=1),
     "e36_bulk_prediction": dict(limit=60, speed_rows=60, rows=150, broken=3, check_rows=40),
     "e40_shuffling": dict(targets="band_gap", limit=60, steps=2, pool_limit=120, n_test=20, sizes="20", seeds=2, arms="shuffling", tuned_sizes="20", tuned_seeds=1, epochs=1, lrs="0.001"),
     "e41_infomax": dict(limit=60, steps=2, pool_limit=120, n_test=20, sizes="20", seeds=2),

@@ -131,9 +131,9 @@ class ConformalQuantiles(Spec):
         "The shifted ends, [n] each; where they would cross, both are their middle."
         if self.n == 0: raise BadInput("not calibrated yet: call fit(y, lower, upper) with held-out rows first")
         q = math.inf if self.shift is None else self.shift
-        lo, hi = np.asarray(lower, float) - q, np.asarray(upper, float) + q
-        crossed = lo > hi
-        return np.where(crossed, (lo + hi) / 2, lo), np.where(crossed, (lo + hi) / 2, hi)
+        lo, hi = np.asarray(lower, float), np.asarray(upper, float)
+        middle, crossed = (lo + hi) / 2, lo - q > hi + q
+        return np.where(crossed, middle, lo - q), np.where(crossed, middle, hi + q)
 
 # %% ../../nbs/evaluate/76_conformal.ipynb #cf000018
 def leaf_weights(
