@@ -59,7 +59,7 @@ class Forecast:
         if not 0 < level < 1: raise BadInput(f"level must lie between 0 and 1, got {level}")
         if self.ends is not None: return _between(self.levels, self.ends, level)
         if self.dof is None: return self.mean + self.std * norm.ppf(level)
-        return self.mean + self.std * np.sqrt((self.dof - 2) / self.dof) * t.ppf(level, self.dof)
+        return self.mean + self.std * np.sqrt(1 - 2 / self.dof) * t.ppf(level, self.dof)
 
     def interval(self, level: float = 0.9) -> tuple[np.ndarray, np.ndarray]:
         "The central interval, [n, T] each."
