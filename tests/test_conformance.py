@@ -141,6 +141,8 @@ BASELINES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {  # records; opt
     "ecfp_forest": (("molecule",), dict(n_estimators=20)),
     "ecfp_svm": (("molecule",), {}),
     "composition_forest": (("crystal", "composition"), dict(n_estimators=20)),
+    **{f"qspr_{m}": (("molecule", "crystal", "composition"), dict(o)) for m, o in (("mlr", {}), ("pls", {}), ("rf", {"n_estimators": 5}), ("svm", {}), ("ann", {"max_iter": 20}))},
+    "avalon_forest": (("molecule",), dict(n_estimators=20, bits=256)),
     "mixture_forest": (("mixture",), dict(n_estimators=20)),
     "mixture_ridge": (("mixture",), {}),
     "linear_mixing": (("mixture",), {}),
