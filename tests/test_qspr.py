@@ -106,7 +106,7 @@ def test_report_of_molecules():
 def test_report_sets_rows_aside():
     y = list(np.linspace(0, 1, 26))
     y[3] = float("nan")
-    records = compositions([*(f"{a}{n}O{m}" for a in ("Mg", "Ca", "Fe", "Ti") for n in (1, 2, 3) for m in (1, 5)), "RfO2", "MgO7"], {"x": y})[0]  # no properties of rutherfordium
+    records = compositions([*(f"{a}{n}O{m}" for a in ("Mg", "Ca", "Fe", "Ti") for n in (1, 2, 3) for m in (1, 5)), "RfO2", "MgO7"], {"x": y, "other": [0.0] * 26})[0]  # no properties of rutherfordium
     report = qspr(records, "x", Split("by hand", tuple(range(20)), (), tuple(range(20, 26))), models=("mlr",))
     assert len(records) == 26 and len(report.rejected) == 1 and len(report.y) == 19 and len(report.measured) == 5
 

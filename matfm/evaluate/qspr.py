@@ -242,7 +242,7 @@ def trained(machine: Any, Z: np.ndarray, z: np.ndarray, kind: str) -> Any:
         warnings.simplefilter("ignore")  # of convergence: the folds judge the result
         return machine.fit(Z, z.astype(int) if kind == "binary" else z)
 
-# %% ../../nbs/evaluate/78_qspr.ipynb #qs000026
+# %% ../../nbs/evaluate/78_qspr.ipynb #qs000027
 def inner_scores(
     model: str,
     kind: str,
@@ -264,7 +264,7 @@ def inner_scores(
             out[s, test] = machine_scores(trained(qspr_machine(model, kind, options, len(train), seed), Z, z[train], kind), T)
     return out
 
-# %% ../../nbs/evaluate/78_qspr.ipynb #qs000027
+# %% ../../nbs/evaluate/78_qspr.ipynb #qs000028
 def setting_loss(kind: str, scores: np.ndarray, z: np.ndarray) -> float:
     "Mean squared error, or log loss after Platt's curve."
     if not np.isfinite(scores).all(): return float("inf")
@@ -272,7 +272,7 @@ def setting_loss(kind: str, scores: np.ndarray, z: np.ndarray) -> float:
     p = np.clip(Platt.fit(scores, z)(scores), 1e-6, 1 - 1e-6)
     return float(-np.log(np.where(z > 0.5, p, 1 - p)).mean())
 
-# %% ../../nbs/evaluate/78_qspr.ipynb #qs000028
+# %% ../../nbs/evaluate/78_qspr.ipynb #qs000029
 @dataclass(frozen=True)
 class QsprModel:
     "A fitted model: everything between descriptors and answer."
@@ -291,14 +291,14 @@ class QsprModel:
         p = self.curve(scores)
         return p, np.sqrt(p * (1 - p))
 
-# %% ../../nbs/evaluate/78_qspr.ipynb #qs000029
+# %% ../../nbs/evaluate/78_qspr.ipynb #qs000030
 DISTINCT = Selection("distinct")
 
 def default_selection(model: str) -> Selection:
     "Forward selection for the line; the others see all distinct columns."
     return Selection() if model == "mlr" else DISTINCT
 
-# %% ../../nbs/evaluate/78_qspr.ipynb #qs000030
+# %% ../../nbs/evaluate/78_qspr.ipynb #qs000031
 def fit_qspr(
     model: str,                         # one of `MODELS`
     X: np.ndarray,                      # [n, F]
@@ -325,7 +325,7 @@ def fit_qspr(
     error = 0.0 if curve else std * float(np.sqrt(((scores[best] - z[some]) ** 2).mean()))
     return QsprModel(columns, machine, settings[best], mean, std, curve, error)
 
-# %% ../../nbs/evaluate/78_qspr.ipynb #qs000033
+# %% ../../nbs/evaluate/78_qspr.ipynb #qs000034
 @dataclass(frozen=True)
 class Domain:
     "Leverages of rows, new ones too."
@@ -347,7 +347,7 @@ class Domain:
     def leverage(self, X: np.ndarray) -> np.ndarray:  # [m, F] → [m]
         return 1 / self.n + (((X - self.mean) @ self.turn) ** 2).sum(axis=1)
 
-# %% ../../nbs/evaluate/78_qspr.ipynb #qs000034
+# %% ../../nbs/evaluate/78_qspr.ipynb #qs000035
 def williams(
     h: np.ndarray,              # [n] leverages
     residuals: np.ndarray,      # [n], in standard deviations
@@ -364,10 +364,10 @@ def williams(
     ax.legend(fontsize="x-small")
     return ax
 
-# %% ../../nbs/evaluate/78_qspr.ipynb #qs000037
+# %% ../../nbs/evaluate/78_qspr.ipynb #qs000038
 Statistic = Callable[[np.ndarray, np.ndarray], tuple[float, float]]  # X [n, F], y [n] → R², Q²
 
-# %% ../../nbs/evaluate/78_qspr.ipynb #qs000038
+# %% ../../nbs/evaluate/78_qspr.ipynb #qs000039
 @dataclass(frozen=True)
 class Scramble:
     "R² and Q² of the target as it is, and of permuted ones."
@@ -394,7 +394,7 @@ class Scramble:
         ax.legend(fontsize="x-small")
         return ax
 
-# %% ../../nbs/evaluate/78_qspr.ipynb #qs000039
+# %% ../../nbs/evaluate/78_qspr.ipynb #qs000040
 def y_scramble(
     statistic: Statistic,
     X: np.ndarray,            # [n, F]
@@ -409,7 +409,7 @@ def y_scramble(
     found = np.array([statistic(X, s) for s in shuffled])
     return Scramble(*own, found[:, 0], found[:, 1], np.array([abs(np.corrcoef(y, s)[0, 1]) for s in shuffled]))
 
-# %% ../../nbs/evaluate/78_qspr.ipynb #qs000040
+# %% ../../nbs/evaluate/78_qspr.ipynb #qs000042
 def mlr_statistic(
     selection: Selection = Selection(),
     columns: np.ndarray | None = None,  # fixed beforehand, instead of chosen with the target at hand
@@ -420,12 +420,12 @@ def mlr_statistic(
         return 1 - float((fit.residuals**2).sum()) / spread, 1 - fit.press / spread
     return statistic
 
-# %% ../../nbs/evaluate/78_qspr.ipynb #qs000043
+# %% ../../nbs/evaluate/78_qspr.ipynb #qs000045
 def descriptor_for(domain: str) -> Descriptor:
     "RDKit's descriptors for molecules, Magpie-type statistics for compositions and crystals."
     return MoleculeDescriptors() if pick(domain, ["molecule", "crystal", "composition"], "kind of record for QSPR") == "molecule" else CompositionStats()
 
-# %% ../../nbs/evaluate/78_qspr.ipynb #qs000044
+# %% ../../nbs/evaluate/78_qspr.ipynb #qs000046
 def nested(
     model: str,
     X: np.ndarray,                      # [n, F]
@@ -442,7 +442,7 @@ def nested(
         out[there] = fitted(X[there])[0] if fitted else y[~there].mean()
     return out
 
-# %% ../../nbs/evaluate/78_qspr.ipynb #qs000045
+# %% ../../nbs/evaluate/78_qspr.ipynb #qs000047
 @dataclass(frozen=True)
 class Answers:
     "What one model says."
@@ -462,7 +462,7 @@ class Answers:
                 "RMSE cv": rmse(y, self.unseen), "MAE cv": mae(y, self.unseen), **external_q2(measured, self.test, y), "CCC": concordance(measured, self.test),
                 "RMSE test": rmse(measured, self.test), "MAE test": mae(measured, self.test), "Golbraikh–Tropsha": f"{sum(judged.values())} of {len(judged)}"}
 
-# %% ../../nbs/evaluate/78_qspr.ipynb #qs000046
+# %% ../../nbs/evaluate/78_qspr.ipynb #qs000049
 @dataclass(frozen=True, eq=False, repr=False)
 class QsprReport:
     "A QSPR study that draws itself: a table and four pictures."
@@ -497,7 +497,7 @@ class QsprReport:
 
     def figure(self) -> Figure: return qspr_figure(self)
 
-# %% ../../nbs/evaluate/78_qspr.ipynb #qs000047
+# %% ../../nbs/evaluate/78_qspr.ipynb #qs000050
 def qspr_figure(report: QsprReport) -> Figure:
     "Parity, Williams plot, permutations, and the models side by side."
     from matplotlib.figure import Figure
@@ -520,7 +520,7 @@ def qspr_figure(report: QsprReport) -> Figure:
     d.legend(fontsize="x-small")
     return figure
 
-# %% ../../nbs/evaluate/78_qspr.ipynb #qs000048
+# %% ../../nbs/evaluate/78_qspr.ipynb #qs000051
 def qspr(
     records: Records,                       # molecules, crystals or compositions
     target: str,
@@ -551,7 +551,7 @@ def qspr(
     return QsprReport(target, records.targets[target], v, w, answers, Table([dull, *(a.row(A, v, w) for a in answers)]), domain, domain.leverage(np.vstack([A, B])[:, best.columns]),
                       y_scramble(mlr_statistic(selection or Selection()), A, v, permutations, seed), rejected)
 
-# %% ../../nbs/evaluate/78_qspr.ipynb #qs000049
+# %% ../../nbs/evaluate/78_qspr.ipynb #qs000052
 def _fold_means(y: np.ndarray, folds: int, seed: int) -> np.ndarray:
     fold = dealt_folds(y, folds, seed)
     return np.array([y[fold != k].mean() for k in fold])
@@ -561,7 +561,7 @@ def _answers(model: str, A: np.ndarray, v: np.ndarray, B: np.ndarray, selection:
     if fitted is None: raise BadInput(f"{len(v)} rows are too few for {model}")
     return Answers(model, fitted(A)[0], nested(model, A, v, selection, folds, seed), fitted(B)[0], fitted.columns.chosen, fitted.setting)
 
-# %% ../../nbs/evaluate/78_qspr.ipynb #qs000056
+# %% ../../nbs/evaluate/78_qspr.ipynb #qs000059
 class Qspr(Baseline):
     "A QSPR model with its selection and settings chosen in inner folds; further options go to scikit-learn's estimator."
     model: ClassVar[str]
@@ -581,7 +581,7 @@ class Qspr(Baseline):
         fitted, mean, std = model
         return fitted(X.astype(float)) if fitted else (np.full(len(X), mean), np.full(len(X), std))
 
-# %% ../../nbs/evaluate/78_qspr.ipynb #qs000057
+# %% ../../nbs/evaluate/78_qspr.ipynb #qs000060
 @baselines.register("qspr_mlr")
 class QsprMlr(Qspr):
     "Linear regression on columns chosen by forward selection."
@@ -592,7 +592,7 @@ class QsprPls(Qspr):
     "Partial least squares on descriptors."
     model = "pls"
 
-# %% ../../nbs/evaluate/78_qspr.ipynb #qs000058
+# %% ../../nbs/evaluate/78_qspr.ipynb #qs000061
 @baselines.register("qspr_rf")
 class QsprForest(Qspr):
     "A random forest on descriptors."
@@ -603,13 +603,13 @@ class QsprSvm(Qspr):
     "Support vectors on descriptors, Gaussian kernel."
     model = "svm"
 
-# %% ../../nbs/evaluate/78_qspr.ipynb #qs000059
+# %% ../../nbs/evaluate/78_qspr.ipynb #qs000062
 @baselines.register("qspr_ann")
 class QsprAnn(Qspr):
     "A neural network of one hidden layer on descriptors."
     model = "ann"
 
-# %% ../../nbs/evaluate/78_qspr.ipynb #qs000060
+# %% ../../nbs/evaluate/78_qspr.ipynb #qs000063
 @baselines.register("avalon_forest")
 class AvalonForest(Forest):
     "Random forest on Avalon fingerprints of molecules."
