@@ -143,6 +143,7 @@ BASELINES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {  # records; opt
     "composition_forest": (("crystal", "composition"), dict(n_estimators=20)),
     **{f"qspr_{m}": (("molecule", "crystal", "composition"), dict(o)) for m, o in (("mlr", {}), ("pls", {}), ("rf", {"n_estimators": 5}), ("svm", {}), ("ann", {"max_iter": 20}))},
     "avalon_forest": (("molecule",), dict(n_estimators=20, bits=256)),
+    "coral": (("molecule",), dict(epochs=5)),
     "mixture_forest": (("mixture",), dict(n_estimators=20)),
     "mixture_ridge": (("mixture",), {}),
     "linear_mixing": (("mixture",), {}),
