@@ -81,6 +81,7 @@ REPRESENTATIONS: dict[str, Callable[[Any], Any]] = {
     "ecfp": lambda cls: cls(bits=64),
     "rdkit_descriptors": lambda cls: cls(),
     "composition_stats": lambda cls: cls(),
+    "xrd": lambda cls: cls(bins=64),
     "composition": lambda cls: cls(),
     "fingerprint": lambda cls: cls(bits=64),
     "concat": lambda cls: cls(),

@@ -76,6 +76,7 @@ def reflections(
     polar = (1 + np.cos(2 * theta) ** 2) / (np.sin(theta) ** 2 * np.cos(theta))
     return np.degrees(2 * theta), 2 * np.abs(total) ** 2 * polar
 
+# %% ../../nbs/represent/48_spectra.ipynb #48a00024
 def merged(
     angle: np.ndarray,      # [m], degrees
     intensity: np.ndarray,  # [m]
