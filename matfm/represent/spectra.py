@@ -21,7 +21,7 @@ from .crystal import crystal_arrays
 from .descriptors import Descriptor
 
 # %% auto #0
-__all__ = ['CU_KA', 'form_factor', 'reciprocal_points', 'reflections', 'merged', 'Xrd', 'dos_tokens']
+__all__ = ['CU_KA', 'form_factor', 'reciprocal_points', 'reflections', 'merged', 'Xrd', 'on_grid', 'dos_tokens']
 
 # %% ../../nbs/represent/48_spectra.ipynb #48a00006
 @cache
@@ -122,21 +122,24 @@ class Xrd(Descriptor):
         out = [np.exp(-((self.grid[:, None] - a) / self.width) ** 2 / 2) @ y for a, y in parsed]
         return np.array([o / max(o.max(), 1e-12) for o in out], dtype=np.float32).reshape(-1, self.bins)
 
-    def measured(
-        self,
-        angle: np.ndarray,   # [m], 2θ, degrees
-        counts: np.ndarray,  # [m]
-        background: float = 0.0,  # quantile of the counts taken for the floor
-    ) -> np.ndarray:         # [bins]
-        "A measured pattern on the same grid; nothing where it was not measured."
-        angle, counts = np.asarray(angle, float), np.asarray(counts, float)
-        if angle.shape != counts.shape or angle.ndim != 1 or len(angle) < 2: raise BadInput("a pattern is two columns of one length")
-        if not (np.isfinite(angle).all() and np.isfinite(counts).all()): raise BadInput("a pattern has to be finite")
-        order = np.argsort(angle)
-        y = np.maximum(counts[order] - np.quantile(counts, background), 0)
-        out = np.interp(self.grid, angle[order], y, left=0, right=0)
-        if out.max() <= 0: raise BadInput("the pattern is empty in the window")
-        return (out / out.max()).astype(np.float32)
+
+# %% ../../nbs/represent/48_spectra.ipynb #48a00026
+def on_grid(
+    grid: np.ndarray,         # [bins], 2θ, degrees
+    angle: np.ndarray,        # [m], 2θ, degrees, any order
+    counts: np.ndarray,       # [m]
+    background: float = 0.0,  # quantile of the counts taken for the floor
+) -> np.ndarray:              # [bins] float32, highest point 1
+    "A measured pattern on the grid of `Xrd`; nothing where it was not measured."
+    angle, counts = np.asarray(angle, float), np.asarray(counts, float)
+    if angle.shape != counts.shape or angle.ndim != 1 or len(angle) < 2: raise BadInput("a pattern is two columns of one length")
+    if not (np.isfinite(angle).all() and np.isfinite(counts).all()): raise BadInput("a pattern has to be finite")
+    order = np.argsort(angle)
+    y = np.maximum(counts[order] - np.quantile(counts, background), 0)
+    out = np.interp(grid, angle[order], y, left=0, right=0)
+    if out.max() <= 0: raise BadInput("the pattern is empty in the window")
+    return (out / out.max()).astype(np.float32)
+
 
 # %% ../../nbs/represent/48_spectra.ipynb #48a00018
 def dos_tokens(
