@@ -82,6 +82,7 @@ REPRESENTATIONS: dict[str, Callable[[Any], Any]] = {
     "rdkit_descriptors": lambda cls: cls(),
     "composition_stats": lambda cls: cls(),
     "xrd": lambda cls: cls(bins=64),
+    "crystal_text": lambda cls: cls(length=64),
     "composition": lambda cls: cls(),
     "fingerprint": lambda cls: cls(bits=64),
     "concat": lambda cls: cls(),
