@@ -95,6 +95,7 @@ REPRESENTATIONS: dict[str, Callable[[Any], Any]] = {
     "descriptors_3d": lambda cls: cls(),
     "phonon_descriptors": lambda cls: cls(registries()["potential"].build("lennard_jones"), reach=4.0, mesh=15.0),
     "chgnet_features": lambda cls: cls(),
+    "crystal_stats": lambda cls: cls(),
     "functional_groups": lambda cls: cls.fit(SMILES, support=2, descriptors=("MolLogP",)),
 }
 ENCODERS: dict[str, tuple[dict[str, Any], Callable[[Any], Any] | None]] = {  # configuration; the same record in another order

@@ -1,5 +1,6 @@
 """The stacked predictor: what it promises about batches, seeds, missing values, budgets, bad input and folders; and the support vector baseline."""
 import json
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -7,8 +8,9 @@ import polars as pl
 import pytest
 
 from matfm.adapt import features
-from matfm.core import BadInput
-from matfm.data.records import Records, molecules
+from matfm.core import BadInput, MissingExtra
+from matfm.data.records import Crystal, Records, compositions, crystals, molecules
+from matfm.data.sources import load
 from matfm.evaluate.baselines import Dummy, EcfpForest, EcfpSvm, Platt, dealt_folds, svm_settings, tanimoto
 from matfm.evaluate.metrics import auroc, rmse
 from matfm.evaluate.uncertainty import coverage
@@ -312,3 +314,62 @@ def test_folds_are_even_and_curves_rise():
     assert {int(classes[dealt_folds(classes, 5) == k].sum()) for k in range(5)} == {2}
     falling = Platt.fit(-y, (y > 0).astype(float))
     assert falling.slope == 0 and np.allclose(falling(y), (y > 0).mean())
+
+
+@pytest.fixture(scope="module")
+def solids():
+    made = load("matfm_crystals", 70, targets=("formation_energy",))
+    return made.take(np.arange(55)), made.take(np.arange(55, 70))
+
+
+def test_crystals_are_looked_at_and_whole_formulas_left_out(solids, tmp_path):
+    train, test = solids
+    spec = stacked.CRYSTALS.replace(members=("kernel",), encoder="")
+    made, blind = fit_stacked(train, spec), fit_stacked(train, spec.replace(structure=False))
+    assert made.train.descriptors.shape[1] > blind.train.descriptors.shape[1] and "crystals" in made._repr_html_()
+    squeezed = [Crystal(c.lattice * 0.9, c.numbers, c.frac) for c in test.structures()]
+    near = crystals(squeezed, {"formation_energy": test.y()[:, 0]}, {"formation_energy": "eV/atom"})[0]
+    assert not np.allclose(made.predict(test)[0]["formation_energy"], made.predict(near)[0]["formation_energy"]), "the structure counts"
+    assert np.allclose(blind.predict(test)[0]["formation_energy"], blind.predict(near)[0]["formation_energy"]), "here it does not, but for the space group"
+    made.save_pretrained(tmp_path)
+    back = stacked.load_stacked(tmp_path)
+    assert back.predict(test)[0].equals(made.predict(test)[0], null_equal=True) and back.representation.domain == "crystal" and not hasattr(back, "targets")
+    with pytest.raises(BadInput, match="these are compositions"): fit_stacked(compositions(["NaCl", "KCl"] * 9, {"v": range(18)})[0], stacked.CRYSTALS)
+
+
+@pytest.mark.parametrize("how", ["table", "folder"])
+def test_crystals_from_the_shell(solids, tmp_path, how):
+    from typer.testing import CliRunner
+
+    from matfm.app.cli import app
+    (train, test), shell = solids, CliRunner()
+    texts = [[c.to_pymatgen().to(fmt="cif") for c in r.structures()] for r in (train, test)]
+    y = train.y()[:, 0]
+    if how == "table":
+        pl.DataFrame({"cif": texts[0], "e": y, "kelvin": y}).write_csv(tmp_path / "train.csv")
+        pl.DataFrame({"note": range(16), "cif": [*texts[1], "no crystal"]}).write_csv(tmp_path / "new.csv")
+        learn, new, target = ["train.csv", "--cif", "cif"], "new.csv", "e"
+    else:
+        for name, found in zip(("train", "new"), texts, strict=True):
+            (tmp_path / name).mkdir()
+            for i, t in enumerate(found): (tmp_path / name / f"{i}.cif").write_text(t)
+        (tmp_path / "train" / "id_prop.csv").write_text("".join(f"{i},{v}\n" for i, v in enumerate(y)))
+        (tmp_path / "new" / "broken.cif").write_text("data_x\n_cell no")
+        learn, new, target = ["train"], "new", "target"
+    ask = ["finetune", str(tmp_path / learn[0]), *learn[1:], "--target", target, "--split", "random", "--out", str(tmp_path / "m")]
+    said = shell.invoke(app, [*ask, "--budget", "1s"])
+    assert said.exit_code == 0 and f"members of {target}" in said.output and (tmp_path / "m" / "stacked.json").is_file(), said.output
+    said = shell.invoke(app, ["predict", str(tmp_path / "m"), str(tmp_path / new), "--out", str(tmp_path / "p.csv"), "--jobs", "1"])
+    assert said.exit_code == 0, said.output
+    found = pl.read_csv(tmp_path / "p.csv")
+    assert len(found) == 16 and found[f"{target}_pred"].null_count() == 1 and (found[f"{target}_lower"] <= found[f"{target}_upper"]).sum() == 15 and found["in_domain"].null_count() == 1
+    if how == "table":
+        for more, why in [(["--also", "kelvin"], "registered descriptor of their structures"), (["--model", "light"], "these are crystals"), (["--budget", "9s", "--epochs", "2"], "to networks")]:
+            refused = shell.invoke(app, [*ask, *more])
+            assert refused.exit_code == 2 and why in refused.output, refused.output
+
+
+def test_a_missing_package_is_named(solids, monkeypatch):
+    monkeypatch.setitem(sys.modules, "chgnet", None)
+    for name in [n for n in sys.modules if n.startswith("chgnet.")]: monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(MissingExtra, match="potentials"): fit_stacked(solids[0], stacked.CRYSTALS.replace(members=("kernel",), encoder="", also=("chgnet_features",)))

@@ -1,4 +1,4 @@
-"""Shares of the elements as bits, statistics of their properties, the space group, and what a network has learned from a hundred thousand computed compounds.
+"""Shares of the elements as bits, statistics of their properties, the space group; of a crystal also its bonds, and what a network has learned from a hundred thousand computed compounds.
 
 Docs: https://matfm.github.io/matfm/adapt/material_features.html.md"""
 
@@ -18,16 +18,21 @@ import numpy as np
 from .features import EVERYTHING, LEVELS, SLOTS, Features, MoleculeReader, bit_matrix, embeddings, encoder_of
 from ..core import BadInput, pick
 from ..data.records import NUMBERS, Records, Rejected
+from ..registry import representations
 from ..represent.composition import composition_items, element_amounts
-from ..represent.descriptors import CompositionStats
+from ..represent.crystal import crystal_arrays, neighbours
+from ..represent.descriptors import CompositionStats, Descriptor, element_table, matrix
 
 if TYPE_CHECKING:
     from matfm.models.zoo import Pretrained
 
 # %% auto #0
 __all__ = ['STEPS', 'BLOCK', 'GROUP_COLUMNS', 'SYSTEMS', 'LAST_OF_SYSTEM', 'POINT_ORDER', 'CENTRED', 'POLAR', 'GROUP_NAMES',
-           'READS', 'share_bits', 'group_table', 'group_column', 'space_groups', 'Reader', 'column_numbers',
-           'material_features', 'MaterialReader', 'reader_for', 'load_reader', 'check_also', 'complete_rows']
+           'REACH', 'LOCAL', 'ORDERS', 'ATOMIC', 'ACROSS', 'STRUCTURE', 'READS', 'share_bits', 'group_table',
+           'group_column', 'space_groups', 'Bonds', 'element_column', 'bonds', 'orientation', 'atom_values', 'across',
+           'CrystalStats', 'Reader', 'column_numbers', 'structure_values', 'structure_items', 'material_features',
+           'describes_crystals', 'told_apart', 'network_of', 'MaterialReader', 'reader_for', 'load_reader',
+           'check_also', 'complete_rows']
 
 # %% ../../nbs/adapt/66_material_features.ipynb #fm000005
 STEPS, BLOCK = 128, LEVELS * SLOTS // 1024  # steps of a share; bits kept for an element
@@ -85,6 +90,105 @@ def space_groups(
     from matfm.data.splits import space_group
     return np.array([space_group(c, 0.01)[0] for c in records.structures()], np.int64)
 
+# %% ../../nbs/adapt/66_material_features.ipynb #fm100001
+REACH = 6.0  # Å, how far bonds are looked for
+
+@dataclass(eq=False)
+class Bonds:
+    "Neighbours of all atoms of many crystals."
+    cell: np.ndarray      # [N] crystal of each atom
+    numbers: np.ndarray   # [N] atomic numbers
+    i: np.ndarray         # [E] atom
+    j: np.ndarray         # [E] its neighbour
+    vector: np.ndarray    # [E, 3] from one to the other, Å
+    distance: np.ndarray  # [E] Å
+    weight: np.ndarray    # [E], of the nearest 1
+    nearest: np.ndarray   # [N, 2] least distance, Å, and least distance over the sum of both radii; `REACH` where an atom is alone
+
+    def mean(self, values: np.ndarray) -> np.ndarray:  # [E] -> [N]; 0 where an atom is alone
+        "Weighted mean over each atom's bonds."
+        total = lambda v: np.bincount(self.i, v, len(self.cell))
+        return total(self.weight * values) / np.maximum(total(self.weight), 1e-9)
+
+# %% ../../nbs/adapt/66_material_features.ipynb #fm100002
+def element_column(name: str, numbers: np.ndarray) -> np.ndarray:
+    "A tabulated property of these elements."
+    names, table = element_table()
+    return table[numbers - 1, names.index(name)]
+
+def bonds(
+    cells: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]],  # lattice [3, 3] in Å, fractional coordinates [n, 3], atomic numbers [n]
+) -> Bonds:
+    "The bonds of many crystals."
+    counts, numbers = np.array([len(z) for _, _, z in cells]), np.concatenate([z for _, _, z in cells]).astype(np.int64)
+    found, first = [], (np.cumsum(counts) - counts).tolist()
+    for (lattice, frac, _), start in zip(cells, first, strict=True):
+        centre, other, image, distance = neighbours(lattice, frac, REACH)
+        found.append((centre + start, other + start, (frac[other] - frac[centre] + image) @ lattice, distance))
+    i, j, vector, d = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    radius, nearest = element_column("atomic_radius", numbers), np.full((len(numbers), 2), REACH)
+    relative = d / (radius[i] + radius[j])
+    for k, x in enumerate((d, relative)): np.minimum.at(nearest[:, k], i, x)
+    weight = np.exp(1 - (d / nearest[i, 0]) ** 6)
+    kept = weight > 1e-6
+    return Bonds(np.repeat(np.arange(len(cells)), counts), numbers, i[kept], j[kept], vector[kept], d[kept], weight[kept], nearest)
+
+# %% ../../nbs/adapt/66_material_features.ipynb #fm100005
+LOCAL = ("X", "row", "group", "atomic_radius", "N_valence", "mendeleev_no", "Z")  # what neighbours may differ in
+ORDERS = (2, 3, 4, 6)  # of the bonds' arrangement
+ATOMIC = ("nearest", "nearest over radii", "coordination", "bond length", "spread of bond lengths", *(f"difference of {p}" for p in LOCAL),
+          "stiffness", "stiffest bond", *(f"order {k}" for k in ORDERS))
+
+def orientation(b: Bonds, order: int) -> np.ndarray:  # [N]
+    "Bond-orientational order, from 0 to 1."
+    from scipy.special import sph_harm_y
+    polar, turn = np.arccos(np.clip(b.vector[:, 2] / b.distance, -1, 1)), np.arctan2(b.vector[:, 1], b.vector[:, 0])
+    total = np.zeros(len(b.cell))
+    for m in range(order + 1):  # a harmonic of −m is as large as that of m
+        y = sph_harm_y(order, m, polar, turn)
+        total += (1 if m == 0 else 2) * (b.mean(y.real) ** 2 + b.mean(y.imag) ** 2)
+    return np.sqrt(4 * np.pi / (2 * order + 1) * total)
+
+def atom_values(b: Bonds) -> np.ndarray:  # [N, `ATOMIC`]
+    "What is told of each atom."
+    of = lambda p: element_column(p, b.numbers)
+    mass, length, stiffest = of("atomic_mass"), b.mean(b.distance), np.zeros(len(b.cell))
+    stiff = np.sqrt((1 / mass[b.i] + 1 / mass[b.j]) / b.distance ** 3)
+    np.maximum.at(stiffest, b.i, b.weight * stiff)
+    spread = np.sqrt(np.maximum(b.mean(b.distance ** 2) - length ** 2, 0))
+    differences = (b.mean(np.abs(v[b.i] - v[b.j])) for v in map(of, LOCAL))
+    return np.column_stack([b.nearest, np.bincount(b.i, b.weight, len(b.cell)), length, spread, *differences, b.mean(stiff), stiffest, *(orientation(b, k) for k in ORDERS)])
+
+# %% ../../nbs/adapt/66_material_features.ipynb #fm100008
+ACROSS = ("mean", "spread", "least", "most")  # over the atoms of a crystal
+
+def across(values: np.ndarray, cell: np.ndarray) -> np.ndarray:  # [N, k], [N] -> [n, k × 4]
+    "Atoms' values told by crystal."
+    counts = np.bincount(cell)
+    first = np.cumsum(counts) - counts
+    mean, square = (np.add.reduceat(v, first) / counts[:, None] for v in (values, values ** 2))
+    told = [mean, np.sqrt(np.maximum(square - mean ** 2, 0)), np.minimum.reduceat(values, first), np.maximum.reduceat(values, first)]
+    return np.stack(told, axis=2).reshape(len(counts), -1)
+
+@representations.register("crystal_stats")
+@dataclass(frozen=True)
+class CrystalStats(Descriptor):
+    "Crystal → its room, and statistics of its atoms' surroundings."
+    domain: ClassVar[str] = "crystal"
+
+    @property
+    def names(self) -> tuple[str, ...]: return ("volume per atom", "density", "packing", *(f"{a} {s}" for a in ATOMIC for s in ACROSS))
+
+    def read(self, record: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        found = crystal_arrays(record)
+        if (z := int(found[2].max())) > len(element_table()[1]): raise BadInput(f"no tabulated properties for the element of number {z}")
+        return found
+
+    def rows(self, parsed: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> np.ndarray:
+        b, volume = bonds(parsed), np.array([abs(np.linalg.det(lattice)) for lattice, _, _ in parsed])  # Å³
+        mass, filled = (np.bincount(b.cell, v) for v in (element_column("atomic_mass", b.numbers), 4 / 3 * np.pi * element_column("atomic_radius", b.numbers) ** 3))
+        return np.column_stack([volume / np.bincount(b.cell), 1.66054 * mass / volume, filled / volume, across(atom_values(b), b.cell)]).astype(np.float32)  # Å³, g/cm³, 1
+
 # %% ../../nbs/adapt/66_material_features.ipynb #fm000013
 class Reader(Protocol):
     "Makes features of records and knows how to be kept."
@@ -106,15 +210,38 @@ def column_numbers(
     if missing := [c for c in columns if c not in records.frame.columns]: raise BadInput(f"the model reads a column {missing[0]!r}, which these records lack")
     with np.errstate(over="ignore"): return np.column_stack([np.zeros((len(records), 0)), *(records.frame[c].cast(float, strict=False).fill_null(np.nan).to_numpy() for c in columns)]).astype(np.float32)
 
+# %% ../../nbs/adapt/66_material_features.ipynb #fm100020
+def _left(records: Records, kept: np.ndarray, rejected: Rejected) -> Rejected:
+    "Rejected rows of a part of a table, with their numbers in the whole."
+    return Rejected([(i, int(kept[row]), value, why) for i, row, value, why in rejected.frame.rows()])
+
+def structure_values(
+    records: Records,     # crystals
+    sees: Sequence[str],  # registered descriptors
+) -> tuple[np.ndarray, np.ndarray, Rejected]:
+    "Descriptors of the structures [n, D], their row numbers [n], and the rows without."
+    values, rows, rejected = np.zeros((len(records), 0), np.float32), np.arange(len(records)), Rejected()
+    for name in sees:
+        x, kept, bad = matrix(representations.build({"name": name}), records.take(rows))
+        rejected += _left(records, rows, bad)
+        values, rows = np.hstack([values[kept], x.reshape(len(kept), -1)]), rows[kept]
+    return values, rows, rejected
+
+def structure_items(
+    records: Records,  # crystals
+    encoder: Pretrained,
+) -> tuple[list[Any], np.ndarray, Rejected]:
+    "What a network of crystals reads, the row numbers [n], and the rows that it cannot read."
+    items, bad = encoder.representation.many(records), []
+    for k in [k for k, item in enumerate(items) if item is None]:
+        try: items[k] = encoder.representation(records.take([k]).structures()[0])
+        except BadInput as e: bad.append((records.ids[k], k, records.frame["formula"][k], str(e)))
+    rows = np.array([k for k, item in enumerate(items) if item is not None], np.int64)
+    return [items[k] for k in rows], rows, Rejected(bad)
+
 # %% ../../nbs/adapt/66_material_features.ipynb #fm000014
-def material_features(
-    records: Records,  # compositions or crystals
-    stats: bool,       # whether descriptors are wanted
-    encoder: Pretrained | None,
-    column: str = "",  # with space groups
-    also: Sequence[str] = (),  # further columns of numbers
-) -> tuple[Features, np.ndarray, Rejected]:
-    "Features of the readable rows, their row numbers [n], and the others."
+def _composed(records: Records, also: Sequence[str]) -> tuple[list[Any], list[Any], np.ndarray, np.ndarray, Rejected]:
+    "Of the readable rows what statistics and shares are made of, the further columns, the row numbers; and the others."
     reads, parsed, amounts, kept, bad, more = CompositionStats(), [], [], [], [], column_numbers(records, also)
     for i, formula in enumerate(records.frame["formula"].to_list()):
         try:
@@ -125,12 +252,62 @@ def material_features(
         else:
             amounts.append(found)
             kept.append(i)
-    rows, items = np.array(kept, np.int64), composition_items(amounts)
-    groups = space_groups(records, column)[rows] if stats or encoder is not None else np.zeros(len(rows), np.int64)
-    values = np.column_stack([reads.rows(parsed), group_table()[groups], more[rows]]) if stats and len(rows) else np.zeros((len(rows), 0), np.float32)
-    learnt = np.zeros((len(rows), 0), np.float32)
-    if encoder is not None: learnt = embeddings(encoder, [{**item, "space_group": np.array([g], np.int16)} for item, g in zip(items, groups, strict=True)], batch=512)
-    return Features((share_bits(items),), values, learnt), rows, Rejected(bad)
+    return parsed, amounts, more[kept], np.array(kept, np.int64), Rejected(bad)
+
+def material_features(
+    records: Records,  # compositions or crystals
+    stats: bool,       # whether descriptors are wanted
+    encoder: Pretrained | None,
+    column: str = "",  # with space groups
+    also: Sequence[str] = (),  # further columns of numbers
+    sees: Sequence[str] = (),  # registered descriptors of the structures
+) -> tuple[Features, np.ndarray, Rejected]:
+    "Features of the readable rows, their row numbers [n], and the others."
+    of_crystals = encoder is not None and encoder.representation.domain == "crystal"
+    told, rows, rejected = structure_values(records, sees)
+    if encoder is not None and of_crystals:
+        items, kept, bad = structure_items(records.take(rows), encoder)
+        told, rows, rejected = told[kept], rows[kept], rejected + _left(records, rows, bad)
+    parsed, amounts, more, kept, bad = _composed(records.take(rows), also)
+    told, rows, rejected = told[kept], rows[kept], rejected + _left(records, rows, bad)
+    shares, learnt, values = composition_items(amounts), np.zeros((len(rows), 0), np.float32), np.zeros((len(rows), 0), np.float32)
+    groups = space_groups(records.take(rows), column) if stats or encoder is not None else np.zeros(len(rows), np.int64)
+    if stats and len(rows): values = np.column_stack([CompositionStats().rows(parsed), group_table()[groups], more, told])
+    if encoder is not None and of_crystals: learnt = embeddings(encoder, [items[k] for k in kept])
+    elif encoder is not None: learnt = embeddings(encoder, [{**item, "space_group": np.array([g], np.int16)} for item, g in zip(shares, groups, strict=True)], batch=512)
+    return Features((share_bits(shares),), values, learnt), rows, rejected
+
+# %% ../../nbs/adapt/66_material_features.ipynb #fm100023
+STRUCTURE = ("crystal_stats",)  # descriptors of a structure that is looked at
+
+def describes_crystals(name: str) -> bool:
+    "Whether this is a registered descriptor of crystals."
+    if name not in representations: return False
+    found: Any = representations.get(name)
+    return issubclass(found, Descriptor) and found.domain == "crystal"
+
+def told_apart(
+    domain: str,
+    columns: Sequence[str],  # of the records' table
+    also: Sequence[str],
+    structure: bool,         # whether structures are looked at
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    "Which of `also` are columns of numbers, and the descriptors of structures."
+    if structure and domain != "crystal": raise BadInput(f"structures are those of crystals, these are {domain}s")
+    seen = [c for c in also if domain == "crystal" and c not in columns and describes_crystals(c)]
+    own = tuple(pick(c, columns, "column" if domain != "crystal" else "column or registered descriptor of crystals") for c in also if c not in seen)
+    return own, tuple(dict.fromkeys([*STRUCTURE * structure, *seen]))
+
+# %% ../../nbs/adapt/66_material_features.ipynb #fm100026
+def network_of(
+    name: str,        # checkpoint or folder; "auto": the shipped one, if it is there; "": none
+    structure: bool,  # whether it is to read structures
+) -> Pretrained | None:
+    "The pretrained network that a specification asks for."
+    from matfm.models.zoo import checkpoints
+    if not structure: return encoder_of(name, "composition")
+    shipped = "matfm-crystal-small"
+    return encoder_of(name if name != "auto" else shipped if shipped in checkpoints() else "", "crystal")
 
 # %% ../../nbs/adapt/66_material_features.ipynb #fm000016
 @dataclass(eq=False)
@@ -141,33 +318,37 @@ class MaterialReader:
     encoder: Pretrained | None
     groups: str = ""  # column with space groups; empty: a crystal's are found from its structure, a formula has none
     also: tuple[str, ...] = ()  # further columns of numbers
+    sees: tuple[str, ...] = ()  # registered descriptors of structures
     prints: ClassVar[tuple[str, ...]] = ("elements",)
     @property
     def columns(self) -> tuple[str, ...]: return ("formula", *filter(None, [self.groups]), *self.also)
 
     @classmethod
-    def make(cls, domain: str, encoder: str = "auto", light: bool = False, columns: Sequence[str] = (), also: Sequence[str] = ()) -> MaterialReader:
+    def make(cls, domain: str, encoder: str = "auto", light: bool = False, columns: Sequence[str] = (), also: Sequence[str] = (), structure: bool = False) -> MaterialReader:
         "Everything, or for a light model the elements alone."
-        for c in also: pick(c, columns, "column")
         if light and also: raise BadInput(f"a light model looks at the elements alone, not at {', '.join(also)}")
-        return cls(domain, False, None) if light else cls(domain, True, encoder_of(encoder, "composition"), group_column([c for c in columns if c not in also]), tuple(also))
+        own, seen = told_apart(domain, columns, also, structure)
+        if light: return cls(domain, False, None)
+        return cls(domain, True, network_of(encoder, structure), "" if structure else group_column([c for c in columns if c not in own]), own, seen)
 
     def __call__(self, records: Records, uses: Collection[str] = EVERYTHING) -> tuple[Features, np.ndarray, Rejected]:
         "Features of the readable rows, their row numbers [n], and the others."
         pick(records.domain, [self.domain], "kind of record")
-        return material_features(records, self.stats and "descriptors" in uses, self.encoder if "embedding" in uses else None, self.groups, self.also if "descriptors" in uses else ())
+        also, sees = (self.also, self.sees) if self.stats and "descriptors" in uses else ((), ())
+        return material_features(records, self.stats and "descriptors" in uses, self.encoder if "embedding" in uses else None, self.groups, also, sees)
 
     def save(self, folder: Path) -> dict[str, Any]:
         "Write what is large into `folder`, and return the rest."
         if self.encoder is not None:
             from matfm.models.zoo import save_pretrained
             save_pretrained(folder / "encoder", self.encoder)
-        return {"domain": self.domain, "stats": self.stats, "encoder": self.encoder is not None, "groups": self.groups, "also": list(self.also)}
+        return {"domain": self.domain, "stats": self.stats, "encoder": self.encoder is not None, "groups": self.groups, "also": list(self.also), "sees": list(self.sees)}
 
     @classmethod
     def load(cls, config: Mapping[str, Any], folder: Path) -> MaterialReader:
         from matfm.models.zoo import load_pretrained
-        return cls(config["domain"], bool(config["stats"]), load_pretrained(folder / "encoder") if config["encoder"] else None, config["groups"], tuple(config.get("also", ())))
+        encoder = load_pretrained(folder / "encoder") if config["encoder"] else None
+        return cls(config["domain"], bool(config["stats"]), encoder, config["groups"], tuple(config.get("also", ())), tuple(config.get("sees", ())))
 
 # %% ../../nbs/adapt/66_material_features.ipynb #fm000017
 READS = ("molecule", "composition", "crystal")
@@ -177,10 +358,11 @@ def reader_for(
     encoder: str = "auto",        # checkpoint or folder; "": none
     light: bool = False,          # for a model that looks at fingerprints alone
     columns: Sequence[str] = (),  # of the records' table
-    also: Sequence[str] = (),     # columns of numbers that are features too; of compositions and crystals
+    also: Sequence[str] = (),     # columns of numbers that are features too, of crystals also registered descriptors
+    structure: bool = False,      # whether crystals' structures are looked at
 ) -> Reader:
     "The reader of a kind of record."
-    if pick(domain, READS, "kind of record for a stacked predictor") != "molecule": return MaterialReader.make(domain, encoder, light, columns, also)
+    if pick(domain, READS, "kind of record for a stacked predictor") != "molecule": return MaterialReader.make(domain, encoder, light, columns, also, structure)
     if also: raise BadInput("further columns are read of compositions and crystals only, not of molecules")
     return MoleculeReader.make(encoder, light)
 
@@ -193,7 +375,7 @@ def load_reader(config: Mapping[str, Any], folder: Path) -> Reader:
 # %% ../../nbs/adapt/66_material_features.ipynb #fm000019
 def check_also(
     records: Records,
-    also: Sequence[str],  # columns that are to be features
+    also: Sequence[str],  # columns that are to be features, or descriptors
     light: bool = False,
 ) -> None:
     "Whether these columns can be features of these records."
@@ -209,5 +391,5 @@ def complete_rows(
     "The rows of which all is there that a reader needs, and the others; molecules are parsed already."
     check_also(records, also, light)
     if records.domain == "molecule": return records, Rejected()
-    _, kept, rejected = material_features(records, False, None, also=also)
+    _, kept, rejected = material_features(records, False, None, also=[c for c in also if c in records.frame.columns])
     return records.take(kept), rejected

@@ -1,4 +1,4 @@
-"""From fifty to ten thousand labelled molecules, without choosing anything: a kernel and boosted trees, weighed by what they predicted unseen, with intervals and a word on who did the work.
+"""From fifty to ten thousand labelled molecules, formulas or crystals, without choosing anything: a kernel and boosted trees, weighed by what they predicted unseen, with intervals and a word on who did the work.
 
 Docs: https://matfm.github.io/matfm/adapt/stacked.html.md"""
 
@@ -22,7 +22,7 @@ import polars as pl
 from .features import LEVELS, SLOTS, Features, bit_matrix, mean_similarity, print_similarity
 from .material_features import Reader, check_also, load_reader, reader_for
 from ..core import BadInput, Spec, atomic_write, pick, sha256_file
-from ..data.records import Records, Rejected
+from ..data.records import Records, Rejected, crystals
 from ..evaluate.baselines import Platt, dealt_folds, squared_distance
 from ..evaluate.metrics import evaluate
 from ..evaluate.uncertainty import SplitConformal
@@ -32,13 +32,14 @@ if TYPE_CHECKING:
     from matfm.models.heads import Task
 
 # %% auto #0
-__all__ = ['MEMBERS', 'LIGHT', 'MATERIALS', 'SHARES', 'LEARNT', 'LENGTHS', 'NOISES', 'FOLDED', 'MIN_ROWS', 'StackedSpec',
-           'default_spec', 'Scaler', 'KernelSpec', 'loo_predictions', 'choose_kernel', 'KernelMember', 'solve_kernel',
-           'fit_kernel', 'tree_columns', 'used_columns', 'held_out', 'Trees', 'flat_trees', 'joined_trees', 'grow',
-           'BoostingMember', 'fit_boosting', 'TreesMember', 'fit_trees', 'squared_error', 'absolute_error',
-           'logit_loss', 'blend', 'Scale', 'choose_scale', 'Spread', 'Target', 'fit_members', 'contributions',
-           'usable_folds', 'nearest', 'judged', 'fit_target', 'Stacked', 'predict_batch', 'stream_predictions', 'said',
-           'stacked_html', 'kinds_of', 'fit_stacked', 'save_stacked', 'read_stacked', 'load_stacked']
+__all__ = ['MEMBERS', 'LIGHT', 'MATERIALS', 'CRYSTALS', 'SHARES', 'LEARNT', 'LENGTHS', 'NOISES', 'FOLDED', 'MIN_ROWS',
+           'StackedSpec', 'default_spec', 'Scaler', 'KernelSpec', 'loo_predictions', 'choose_kernel', 'KernelMember',
+           'solve_kernel', 'fit_kernel', 'tree_columns', 'used_columns', 'held_out', 'Trees', 'flat_trees',
+           'joined_trees', 'grow', 'BoostingMember', 'fit_boosting', 'TreesMember', 'fit_trees', 'squared_error',
+           'absolute_error', 'logit_loss', 'blend', 'Scale', 'choose_scale', 'Spread', 'Target', 'fit_members',
+           'contributions', 'whole_folds', 'usable_folds', 'nearest', 'judged', 'fit_target', 'Stacked',
+           'predict_batch', 'stream_predictions', 'said', 'stacked_html', 'kinds_of', 'fit_stacked', 'save_stacked',
+           'read_stacked', 'OfStructures', 'loaded', 'load_stacked']
 
 # %% ../../nbs/adapt/68_stacked.ipynb #st000005
 MEMBERS = ("kernel", "boosting", "trees", "circular")
@@ -46,14 +47,15 @@ MEMBERS = ("kernel", "boosting", "trees", "circular")
 # %% ../../nbs/adapt/68_stacked.ipynb #st000006
 @dataclass(frozen=True)
 class StackedSpec(Spec):
-    "How to fit. The defaults are meant for 50 to 10,000 molecules; see `MATERIALS` for compositions and crystals."
+    "How to fit. The defaults are meant for 50 to 10,000 molecules; see `MATERIALS` for compositions, `CRYSTALS` for crystals."
     members: tuple[str, ...] = MEMBERS[:2]  # in order of benefit per second
     folds: int = 5               # every molecule is predicted by models that saw the other folds
     budget: float | None = None  # seconds; None: no limit
     level: float = 0.9           # share of truths that an interval is to hold
     kernel_rows: int = 4000      # landmarks of the kernel; its time grows with their cube
     encoder: str = "auto"        # checkpoint or folder of a pretrained encoder; "auto": the shipped one; "": none
-    also: tuple[str, ...] = ()   # columns of the table that are features too; of compositions and crystals
+    also: tuple[str, ...] = ()   # columns of the table that are features too, of compositions and crystals; of crystals also registered descriptors
+    structure: bool = False      # whether crystals' structures are looked at, and whole formulas left out in turn
     aim: str = "squared"         # the error that weights and scales are to make small: "squared" or "absolute"
     seed: int = 0
 
@@ -75,10 +77,11 @@ class StackedSpec(Spec):
 # %% ../../nbs/adapt/68_stacked.ipynb #st000006a
 LIGHT = StackedSpec(members=("circular",))
 MATERIALS = StackedSpec(members=("kernel", "trees"), aim="absolute")
+CRYSTALS = MATERIALS.replace(structure=True, encoder="auto")
 
 def default_spec(domain: str, light: bool = False) -> StackedSpec:
     "What to fit to a kind of record."
-    return LIGHT if light else StackedSpec() if domain == "molecule" else MATERIALS
+    return LIGHT if light else {"molecule": StackedSpec(), "crystal": CRYSTALS}.get(domain, MATERIALS)
 
 
 # %% ../../nbs/adapt/68_stacked.ipynb #st000019
@@ -562,13 +565,31 @@ def contributions(
 # %% ../../nbs/adapt/68_stacked.ipynb #st000061
 MIN_ROWS = 10
 
-def usable_folds(name: str, kind: str, y: np.ndarray, spec: StackedSpec) -> np.ndarray:
-    "Fold numbers [repeats, n]; `BadInput` where the rows are too few."
+def whole_folds(
+    y: np.ndarray,          # [n]
+    groups: Sequence[Any],  # [n]
+    k: int,
+    seed: int,
+) -> np.ndarray:            # [n]
+    "Fold numbers that keep groups whole and spread their mean targets evenly; by rows where there are too few groups."
+    named, place = np.unique(np.asarray(groups), return_inverse=True)
+    if len(named) < 2 * k: return dealt_folds(y, k, seed)
+    return dealt_folds(np.bincount(place, y) / np.bincount(place), k, seed)[place]
+
+def usable_folds(
+    name: str,
+    kind: str,
+    y: np.ndarray,                        # [n]
+    spec: StackedSpec,
+    groups: Sequence[Any] | None = None,  # [n], what is left out as a whole; None: each row by itself
+) -> np.ndarray:                          # [repeats, n]
+    "Fold numbers; `BadInput` where the rows are too few."
     if len(y) < MIN_ROWS: raise BadInput(f"target {name!r} has {len(y)} rows with a value, at least {MIN_ROWS} are needed")
     rarest = int(np.bincount(y.astype(int), minlength=2).min()) if kind == "binary" else len(y)
     if rarest < 2: raise BadInput(f"target {name!r} has {rarest} rows of one class, at least 2 of each are needed")
     repeats = 3 if len(y) < 150 else 1
-    return np.stack([dealt_folds(y, min(spec.folds, rarest), spec.seed + 1000 * r) for r in range(repeats)])
+    dealt = lambda k, seed: dealt_folds(y, k, seed) if groups is None else whole_folds(y, groups, k, seed)
+    return np.stack([dealt(min(spec.folds, rarest), spec.seed + 1000 * r) for r in range(repeats)])
 
 # %% ../../nbs/adapt/68_stacked.ipynb #st000062
 def nearest(
@@ -602,9 +623,10 @@ def fit_target(
     y: np.ndarray,        # [n]
     spec: StackedSpec,
     until: float | None = None,  # time of `time.perf_counter`
+    groups: Sequence[Any] | None = None,  # [n], what is left out as a whole
 ) -> Target:
     "Members, weights and intervals of one target."
-    folds = usable_folds(name, kind, y, spec)
+    folds = usable_folds(name, kind, y, spec, groups)
     scale = choose_scale(F, similar, y, spec.seed, spec.aim) if kind == "regression" else Scale()
     z = scale.apply(y)
     members, scores, seconds = fit_members(kind, F, similar, z, folds, spec, until)
@@ -646,8 +668,8 @@ class Stacked:
         done = [predict_batch(self, records.take(np.arange(s, min(s + self.batch, len(records)))), s) for s in range(0, max(len(records), 1), self.batch)]
         return pl.concat([d[0] for d in done]), Rejected(pl.concat([d[1].frame for d in done]))
 
-    def stream(self, structures: Iterable[str]) -> Iterator[pl.DataFrame]:
-        "Predictions of any number of SMILES or formulas, a table a batch; `id` counts from 0."
+    def stream(self, structures: Iterable[Any]) -> Iterator[pl.DataFrame]:
+        "Predictions of any number of SMILES, formulas or texts of crystals, a table a batch; `id` counts from 0."
         return stream_predictions(self, structures)
 
     def evaluate(self, records: Records, seed: int = 0) -> list[Metric]:
@@ -657,7 +679,7 @@ class Stacked:
 
     def save_pretrained(self, folder: str | Path, factsheet: Any = None) -> Path: return save_stacked(self, folder, factsheet)
     @classmethod
-    def load(cls, folder: str | Path) -> Stacked: return load_stacked(folder)
+    def load(cls, folder: str | Path) -> Stacked: return loaded(folder)
     def __repr__(self) -> str: return f"Stacked({'; '.join(said(t) for t in self.targets)})"
     def _repr_html_(self) -> str: return stacked_html(self)
 
@@ -685,27 +707,28 @@ def _spread_out(values: np.ndarray, rows: np.ndarray, n: int) -> np.ndarray:
     out[rows] = values
     return out
 
-def stream_predictions(model: Stacked, structures: Iterable[str]) -> Iterator[pl.DataFrame]:
+def stream_predictions(model: Stacked, structures: Iterable[Any]) -> Iterator[pl.DataFrame]:
     "Predictions batch by batch; what cannot be read has no value."
     source, first = iter(structures), 0
     while batch := list(islice(source, model.batch)):
-        frame = pl.DataFrame({"id": [str(first + i) for i in range(len(batch))], model.reader.columns[0]: pl.Series(batch, dtype=pl.String)})
-        yield predict_batch(model, Records(frame, model.reader.domain, {}, canonical=False))[0]
+        ids = [str(first + i) for i in range(len(batch))]
+        if model.reader.domain == "crystal": yield pl.DataFrame({"id": ids}).join(predict_batch(model, crystals(batch, ids=ids)[0])[0], on="id", how="left", maintain_order="left")
+        else: yield predict_batch(model, Records(pl.DataFrame({"id": ids, model.reader.columns[0]: pl.Series(batch, dtype=pl.String)}), model.reader.domain, {}, canonical=False))[0]
         first += len(batch)
 
 # %% ../../nbs/adapt/68_stacked.ipynb #st000070
 def said(t: Target) -> str:
     "One target in a line."
     parts = ", ".join(f"{r['member']} {r['weight']:.2f}" for r in t.about["members"])
-    return f"{t.name} ({t.kind}, {t.about['rows']} molecules): {parts}"
+    return f"{t.name} ({t.kind}, {t.about['rows']} rows): {parts}"
 
 def stacked_html(model: Stacked) -> str:
     "What each member contributed to each target."
-    out = f"<p><b>Stacked</b>: {len(model.train)} training molecules; in domain from similarity {model.limit:.2f}</p>"
+    out = f"<p><b>Stacked</b>: {len(model.train)} training {model.reader.domain}s; in domain from similarity {model.limit:.2f}</p>"
     error = "root mean squared error on the scale of learning" if model.spec.aim == "squared" else "mean absolute error"
     for t in model.targets:
         measure = "log loss" if t.kind == "binary" else error
-        out += f"<p>{t.name} ({t.kind}, {t.about['rows']} molecules, scale {t.scale.kind}); errors: out-of-fold {measure}</p>{html_table(t.about['members'])}"
+        out += f"<p>{t.name} ({t.kind}, {t.about['rows']} rows, scale {t.scale.kind}); errors: out-of-fold {measure}</p>{html_table(t.about['members'])}"
     return out
 
 # %% ../../nbs/adapt/68_stacked.ipynb #st000071
@@ -728,19 +751,20 @@ def fit_stacked(
 ) -> Stacked:
     "Fit predictors of all targets."
     spec = default_spec(records.domain) if spec is None else spec
-    begun, found, reader = time.perf_counter(), kinds_of(records, kinds), reader_for(records.domain, spec.encoder, spec.light, records.frame.columns, spec.also)
+    begun, found, reader = time.perf_counter(), kinds_of(records, kinds), reader_for(records.domain, spec.encoder, spec.light, records.frame.columns, spec.also, spec.structure)
     if not found: raise BadInput("the records have no targets to learn")
     check_also(records, spec.also, spec.light)
     F, kept, rejected = reader(records)
     rejected.check(len(records))
     similar, made = print_similarity(F, F), []
+    formulas = records.frame["formula"].to_numpy()[kept] if spec.structure else None
     for i, (name, kind) in enumerate(found.items()):
         y = records.y([name])[kept, 0]
         there = np.flatnonzero(np.isfinite(y))
         now = time.perf_counter()
         until = None if spec.budget is None else now + (begun + spec.budget - now) / (len(found) - i)
         whole = len(there) == len(F)
-        made.append(fit_target(name, kind, records.targets[name], F if whole else F.take(there), similar if whole else similar[np.ix_(there, there)], y[there], spec, until))
+        made.append(fit_target(name, kind, records.targets[name], F if whole else F.take(there), similar if whole else similar[np.ix_(there, there)], y[there], spec, until, None if formulas is None else formulas[there]))
         for m in made[-1].members.values():
             if not whole and isinstance(m, KernelMember): m.marks = there[m.marks]
     limit = float(np.quantile(nearest(F, F, ~np.eye(len(F), dtype=bool)), 0.05))
@@ -784,9 +808,25 @@ def read_stacked(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     if sha256_file(weights) != config["weights_sha256"]: raise BadInput(f"{weights} is not the file that stacked.json was written with (checksum differs)")
     return config, arrays
 
+# %% ../../nbs/adapt/68_stacked.ipynb #st400003
+@dataclass(eq=False)
+class OfStructures:
+    "A stacked predictor with the face of an ensemble of networks."
+    stack: Stacked
+
+    @property
+    def task(self) -> Task: return self.stack.task
+    @property
+    def representation(self) -> Reader: return self.stack.reader  # what is said of the records that are read
+    def __len__(self) -> int: return max(len(t.members) for t in self.stack.targets)
+    def predict(self, records: Records) -> tuple[pl.DataFrame, Rejected]: return self.stack.predict(records)
+    def evaluate(self, records: Records, seed: int = 0) -> list[Metric]: return self.stack.evaluate(records, seed)
+    def __repr__(self) -> str: return repr(self.stack)
+    def _repr_html_(self) -> str: return self.stack._repr_html_()
+
 # %% ../../nbs/adapt/68_stacked.ipynb #st000080
-def load_stacked(folder: str | Path) -> Stacked:
-    "Read a folder; offline, nothing unpickled."
+def loaded(folder: str | Path) -> Stacked:
+    "What a folder holds."
     config, arrays = read_stacked(Path(folder))
     try:
         spec, reader = StackedSpec.from_dict(config["spec"]), load_reader(config["reader"], Path(folder))
@@ -795,6 +835,11 @@ def load_stacked(folder: str | Path) -> Stacked:
         targets = [_target(i, t, arrays) for i, t in enumerate(config["targets"])]
     except (KeyError, TypeError, IndexError) as e: raise BadInput(f"{folder} is not complete: {e}") from e
     return Stacked(spec, reader, Features(prints, arrays["descriptors"], arrays["embedding"]), targets, config["limit"])
+
+def load_stacked(folder: str | Path) -> Stacked | OfStructures:
+    "Read a folder; offline, nothing unpickled. A predictor of crystals comes as what reads structures."
+    found = loaded(folder)
+    return OfStructures(found) if found.reader.domain == "crystal" else found
 
 # %% ../../nbs/adapt/68_stacked.ipynb #st000081
 def _target(i: int, t: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Target:

@@ -293,10 +293,11 @@ def load_predictor(
     return Ensemble([Model.load(folder)])
 
 # %% ../../nbs/adapt/67_tables.ipynb #af9890e0
-def _outputs(model: Ensemble, columns: Sequence[str]) -> list[str]:
+def _outputs(model: Any, made: pl.DataFrame) -> pl.DataFrame:
     "The columns of a prediction that say something: the spread of one network does not."
     wanted = [f"{n}{end}" for n in model.task.names for end in ("", "_std", "_lower", "_upper")]
-    return [c for c in wanted if c in columns and not (c.endswith("_std") and len(model) == 1)]
+    shown = [c for c in wanted if c in made.columns and not (c.endswith("_std") and len(model) == 1)]
+    return made.select(pl.col("id").cast(pl.String).alias("row"), pl.col(shown).fill_nan(None), *(c for c in ("in_domain",) if c in made.columns))
 
 def _rows(table: pl.DataFrame | str | os.PathLike, smiles: str | None, cif: str | None, domain: str) -> tuple[pl.DataFrame, Records, Rejected]:
     "Every row (`row` and the structure as given), the records among them, and the others."
@@ -315,19 +316,18 @@ def _rows(table: pl.DataFrame | str | os.PathLike, smiles: str | None, cif: str 
 
 # %% ../../nbs/adapt/67_tables.ipynb #20a9954f
 def predict_table(
-    model: Ensemble | str | os.PathLike,      # or its folder
+    model: Any,                               # an `Ensemble` or the folder of one, or a stacked predictor of crystals
     table: pl.DataFrame | str | os.PathLike,  # or its file, or a folder of CIF files
     smiles: str | None = None,                # column with SMILES; neither: recognised by its name and content
     cif: str | None = None,                   # column with CIF or POSCAR text
 ) -> tuple[pl.DataFrame, Rejected]:           # `row` (a number, or the name of a file), the structures, predictions, `reason`; the rows without one
     "Each row's prediction, with interval where the model is calibrated, and the reason where there is none."
-    loaded: Ensemble = load_predictor(model) if isinstance(model, (str, os.PathLike)) else model
+    loaded: Any = load_predictor(model) if isinstance(model, (str, os.PathLike)) else model
     rows, records, unread = _rows(table, smiles, cif, loaded.representation.domain)
     made, unfit = loaded.predict(records)
     place = {name: i for i, name in enumerate(rows["row"])}
     rejected = unread + Rejected([(i, place[i], v, why) for i, _, v, why in unfit.frame.rows()])
-    wanted = _outputs(loaded, made.columns)
-    found = rows.join(made.select(pl.col("id").cast(pl.String).alias("row"), *wanted), on="row", how="left", maintain_order="left").with_columns(pl.col(wanted).fill_nan(None))
+    found = rows.join(_outputs(loaded, made), on="row", how="left", maintain_order="left")
     reasons = rejected.frame.select(pl.col("id").alias("row"), "reason")
     return found.join(reasons, on="row", how="left", maintain_order="left"), rejected
 

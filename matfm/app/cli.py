@@ -23,10 +23,10 @@ from ..settings import load_settings
 
 # %% auto #0
 __all__ = ['app', 'runs_app', 'data_app', 'Names', 'Given', 'Preset', 'Jobs', 'Where', 'Experiment', 'DataName', 'Smiles',
-           'Formula', 'Cif', 'Out', 'Start', 'Model', 'Split', 'Target', 'Unit', 'TableFile', 'Budget', 'LIGHT',
-           'NETWORK_ONLY', 'Commands', 'group', 'root', 'metric_table', 'run', 'runs_list', 'runs_show', 'runs_compare',
-           'data_list', 'data_get', 'data_card', 'data_read', 'pretrain', 'wants_network', 'finetune', 'predict',
-           'checkpoint_folder', 'models', 'card', 'site', 'lab', 'main']
+           'Formula', 'Cif', 'Out', 'Start', 'Model', 'Split', 'Target', 'Unit', 'TableFile', 'MOST_CRYSTALS', 'Budget',
+           'LIGHT', 'NETWORK_ONLY', 'Commands', 'group', 'root', 'metric_table', 'run', 'runs_list', 'runs_show',
+           'runs_compare', 'data_list', 'data_get', 'data_card', 'data_read', 'pretrain', 'wants_network',
+           'check_descriptors', 'finetune', 'predict', 'checkpoint_folder', 'models', 'card', 'site', 'lab', 'main']
 
 # %% ../../nbs/app/99_cli.ipynb #2d7e5c92
 class Commands(TyperGroup):
@@ -267,7 +267,7 @@ def _aside(rejected: Any, total: int, where: Path | None = None) -> None:
 
 # %% ../../nbs/app/99_cli.ipynb #0c40d92c
 Out = Annotated[Path, typer.Option(help="Folder to write.")]
-Start = Annotated[str | None, typer.Option("--model", "--encoder", help="light: the quickest predictor of molecules. Else fine-tune a network: a checkpoint (`matfm models`), a folder, or an encoder's name to start from random weights.")]
+Start = Annotated[str | None, typer.Option("--model", "--encoder", help="light: the quickest predictor of molecules and formulas. Else fine-tune a network: a checkpoint (`matfm models`), a folder, or an encoder's name to start from random weights.")]
 Model = Annotated[str | None, typer.Option(help="A checkpoint (`matfm models`), a folder, or an encoder's name to start from random weights.")]
 
 # %% ../../nbs/app/99_cli.ipynb #413289e5
@@ -301,6 +301,7 @@ Unit = Annotated[list[str] | None, typer.Option(help="Unit of each target in the
 TableFile = Annotated[Path, typer.Argument(metavar="FILE", help="A table (CSV, Parquet, JSON), an SDF, XYZ or SMILES file, or a folder of CIF files.")]
 
 # %% ../../nbs/app/99_cli.ipynb #17510642
+MOST_CRYSTALS = 10_000  # of more a network is made: a stack compares every row with every other
 Budget = Annotated[str | None, typer.Option(metavar="TIME", help="Time for the stacked predictor, e.g. 90s, 10m or 1h. Default: as long as it takes.")]
 LIGHT = "light"  # a --model that is no network
 NETWORK_ONLY = ("model", "ensemble", "epochs", "strategy", "lr")  # options that only a network has
@@ -308,19 +309,22 @@ NETWORK_ONLY = ("model", "ensemble", "epochs", "strategy", "lr")  # options that
 def wants_network(
     ctx: typer.Context,  # of `finetune`
     domain: str,         # of the records
+    rows: int = 0,       # how many there are
 ) -> bool:
-    "Whether a network is to be fine-tuned: for crystals, and where an option asks for one."
-    always = domain not in ("molecule", "composition")
+    "Whether a network is to be fine-tuned: where an option asks for one, and of very many crystals."
+    light, own = ctx.params.get("model") == LIGHT, [n for n in ("budget", "also") if ctx.params.get(n)]
     sources = {n: ctx.get_parameter_source(n) for n in NETWORK_ONLY}
-    asked = [n for n, s in sources.items() if s is not None and s.name != "DEFAULT"]
-    if ctx.params.get("model") == LIGHT:
-        if (others := [n for n in asked if n != "model"]) or always:
-            raise BadInput(f"--model light is a predictor of molecules and formulas, {'--' + others[0] + ' belongs to networks' if others else f'these are {domain}s'}: leave one of them out")
-        return False
-    for own in ("budget", "also"):
-        if ctx.params.get(own) and (asked or always):
-            raise BadInput(f"--{own} belongs to the stacked predictor of molecules and formulas, {'--' + asked[0] + ' to networks' if asked else f'these are {domain}s'}: leave one of them out")
-    return bool(asked) or always
+    asked = [n for n, s in sources.items() if s is not None and s.name != "DEFAULT" and not (light and n == "model")]
+    if light and domain == "crystal": raise BadInput("--model light is a predictor of molecules and formulas, these are crystals: leave it out")
+    if light and asked: raise BadInput(f"--model light is a predictor of molecules and formulas, --{asked[0]} belongs to networks: leave one of them out")
+    if own and asked: raise BadInput(f"--{own[0]} belongs to the stacked predictor, --{asked[0]} to networks: leave one of them out")
+    return bool(asked) or (domain == "crystal" and rows > MOST_CRYSTALS and not own)
+
+def check_descriptors(domain: str, also: Sequence[str]) -> None:
+    "Of crystals, what is learnt from besides must come from the structures: those to be predicted may be files, without columns."
+    from matfm.adapt.material_features import describes_crystals
+    if domain == "crystal" and (others := [c for c in also if not describes_crystals(c)]):
+        raise BadInput(f"--also names of crystals a registered descriptor of their structures, such as chgnet_features; {others[0]!r} is none")
 
 # %% ../../nbs/app/99_cli.ipynb #cl000001
 @app.command()
@@ -332,16 +336,17 @@ def finetune(
     strategy: Annotated[str, typer.Option(help="full or frozen, of a network.")] = "full",
     lr: Annotated[float, typer.Option(help="Learning rate of a network's encoder.")] = 1e-4,
     seed: Annotated[int, typer.Option(help="Of split, weights and batches.")] = 0,
-    also: Annotated[list[str] | None, typer.Option(help="A further column of numbers to learn from, beside formulas; may be repeated.")] = None,
+    also: Annotated[list[str] | None, typer.Option(help="A further column of numbers to learn from, beside formulas; of crystals a descriptor, e.g. chgnet_features. May be repeated.")] = None,
 ) -> None:
-    "Fit a model to your own table.\n\nMolecules and formulas: a stack of quick predictors; with --model light one that predicts millions; with another --model, and for crystals, a network. Reports the test error beside a constant guess and a forest."
+    "Fit a model to your own table.\n\nA stack of quick predictors; with --model light one that predicts millions; with another --model, and for more than 10,000 crystals, a network. Reports the test error beside a constant guess and a forest."
     if unit and len(unit) != len(target): raise BadInput(f"{len(unit)} units for {len(target)} targets")
     from matfm.adapt.material_features import complete_rows
     from matfm.adapt.tables import configured, finetune_table, read_labelled, split_table
     from matfm.app import bulk
     seconds = bulk.duration(budget) if budget else None
     records, rejected = read_labelled(file, dict(zip(target, unit, strict=True)) if unit else target, smiles, cif, formula=formula)
-    if not (network := wants_network(ctx, records.domain)):
+    check_descriptors(records.domain, also or ())
+    if not (network := wants_network(ctx, records.domain, len(records))):
         records, unfit = complete_rows(records, also or (), model == LIGHT)
         rejected += unfit
     made = split_table(records, split, seed)
