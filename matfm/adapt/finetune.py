@@ -135,6 +135,11 @@ def predict_items(
 
 def _to(batch: Batch, device: torch.device) -> Batch: return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
+def _seed(seed: int, device: torch.device) -> None:
+    "As `torch.manual_seed`, which for devices that are not in use writes stack traces: without them on a processor."
+    if device.type == "cpu": torch.default_generator.manual_seed(seed)
+    else: torch.manual_seed(seed)
+
 # %% ../../nbs/adapt/60_finetune.ipynb #1bd67a0d
 class Vectors:
     "A representation whose items are embeddings."
@@ -257,7 +262,7 @@ def finetune_module() -> type:
         def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
             factor = lr_factor(self.global_step, self.spec.epochs * self.plan.steps_per_epoch, self.spec.warmup)
             for g in self.trainer.optimizers[0].param_groups: g["lr"] = g["base"] * factor
-            torch.manual_seed(step_seeds(self.spec.seed, self.global_step)[1])
+            _seed(step_seeds(self.spec.seed, self.global_step)[1], self.device)
             value, _ = self.predictor.loss(batch)
             self.sums = [self.sums[0] + value.item(), self.sums[1] + 1]
             if not np.isfinite(self.sums[0]): raise TrainingDiverged(f"the loss is {value.item()} at step {self.global_step}: lower lr and head_lr, or look for bad targets")
