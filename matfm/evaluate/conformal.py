@@ -245,16 +245,19 @@ def shift_weights(
 
 # %% ../../nbs/evaluate/76_conformal.ipynb #cf000035
 def _odds(Z: np.ndarray, n: int, seed: int) -> np.ndarray:
-    "Cross-fitted odds of being new, for equally many rows of both kinds."
+    "Cross-fitted odds of being new, as if both kinds were equally many; the penalty with the smallest held-out log loss."
     from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import log_loss
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import PolynomialFeatures, StandardScaler
-    label = np.arange(len(Z)) >= n
-    model = make_pipeline(PolynomialFeatures(2, include_bias=False), StandardScaler(), LogisticRegression(C=0.3, max_iter=1000))
-    p = cross_val_predict(model, Z, label, cv=StratifiedKFold(5, shuffle=True, random_state=seed), method="predict_proba")[:, 1]
-    p = np.clip(p, 0.01, 0.99)
-    return p / (1 - p) * n / (len(Z) - n)
+    label, found = np.arange(len(Z)) >= n, []
+    even, folds = np.where(label, n / len(Z), 1 - n / len(Z)), StratifiedKFold(5, shuffle=True, random_state=seed)
+    for C in (1e-4, 1e-3, 1e-2, 1e-1):
+        model = make_pipeline(PolynomialFeatures(2, include_bias=False), StandardScaler(), LogisticRegression(C=C, max_iter=300, class_weight="balanced"))
+        p = np.clip(cross_val_predict(model, Z, label, cv=folds, method="predict_proba")[:, 1], 0.01, 0.99)
+        found.append((log_loss(label, p, sample_weight=even), p / (1 - p)))
+    return min(found, key=lambda f: f[0])[1]
 
 # %% ../../nbs/evaluate/76_conformal.ipynb #cf000036
 def _density_ratio(Z: np.ndarray, n: int) -> np.ndarray:
