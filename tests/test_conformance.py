@@ -83,6 +83,7 @@ REPRESENTATIONS: dict[str, Callable[[Any], Any]] = {
     "composition_stats": lambda cls: cls(),
     "xrd": lambda cls: cls(bins=64),
     "crystal_text": lambda cls: cls(length=64),
+    "crystal_views": lambda cls: cls(bins=64, length=64),
     "composition": lambda cls: cls(),
     "fingerprint": lambda cls: cls(bits=64),
     "concat": lambda cls: cls(),
@@ -136,6 +137,7 @@ OBJECTIVES: dict[str, tuple[str, dict[str, Any]]] = {  # encoder; options
     "plausible": ("crystal_gnn", {}),
     "relational": ("molecule_gnn", {}),
     "nt_xent": ("molecule_gnn", {}),
+    "multimodal": ("crystal_gnn", dict(space=32, inner=32)),
     "scage": ("conformer_transformer", {}),
     "mixed": ("crystal_gnn", dict(parts=("element_shuffling", "denoise"), weights=(1.0, 0.5))),
 }
@@ -271,6 +273,7 @@ def test_objective(name):
     encoder, representation, rows = made(encoder_name)
     if "aux" in cls.reads: representation = WithAux(representation)
     if cls.suits == ("molecule_views",): representation = registries()["representation"].get("molecule_views")(length=64)
+    if cls.suits == ("crystal_views",): representation = registries()["representation"].get("crystal_views")(bins=64, length=64)
     testing.check_objective(cls, encoder, representation, rows, **options)
 
 
