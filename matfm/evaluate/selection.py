@@ -148,8 +148,9 @@ def sensitivity(
 ) -> Table:
     "For each candidate: share of the weights under which it wins, its mean rank, and the 5 % and 95 % ranks."
     if around is not None and not around > 0: raise BadInput(f"the concentration must be > 0, got {around}")
-    alpha = np.ones(len(s.criteria)) if around is None else np.maximum(s.weights * around, 1e-3)
-    totals = np.random.default_rng(seed).dirichlet(alpha, draws) @ s.scores.T  # [draws, candidates]
+    counts = s.weights > 0
+    alpha = np.ones(counts.sum()) if around is None else s.weights[counts] * around
+    totals = np.random.default_rng(seed).dirichlet(alpha, draws) @ s.scores[:, counts].T  # [draws, candidates]
     ties = np.isclose(totals, totals.max(axis=1, keepdims=True), rtol=0, atol=1e-12)
     ranks = (totals[:, None, :] > totals[:, :, None] + 1e-12).sum(axis=2) + 1
     wins = (ties / ties.sum(axis=1, keepdims=True)).mean(axis=0)
@@ -161,6 +162,7 @@ def weight_ranges(s: Selection) -> Table:
     "For each criterion: its weight, the range in which the winner stays, and who takes over outside."
     w, first, rows = s.weights, s.candidates.index(s.winner), Table()
     for j, c in enumerate(s.criteria):
+        if w[j] == 0: continue
         rest = np.where(np.arange(len(w)) == j, 0, w)
         rest = rest / rest.sum() if rest.sum() > 0 else rest
         base, slope = s.scores @ rest, s.scores[:, j] - s.scores @ rest           # total = base + weight · slope
@@ -234,14 +236,15 @@ def radar(
 ) -> Any:
     "The profile of each candidate: one spoke a criterion, 1 at the rim."
     import matplotlib.pyplot as plt
-    if len(s.criteria) < 3: raise BadInput(f"a radar needs at least 3 criteria, there are {len(s.criteria)}")
+    at = np.flatnonzero(s.weights > 0)
+    if len(at) < 3: raise BadInput(f"a radar needs at least 3 criteria, there are {len(at)}")
     if ax is None: ax = plt.subplots(figsize=(4.6, 3.6), subplot_kw={"projection": "polar"}, layout="constrained")[1]
-    angle = np.linspace(0, 2 * np.pi, len(s.criteria) + 1)
+    angle = np.linspace(0, 2 * np.pi, len(at) + 1)
     for n, colour in zip(s.ranking[:most], COLOURS.values(), strict=False):
-        v = s.scores[s.candidates.index(n)]
+        v = s.scores[s.candidates.index(n), at]
         ax.plot(angle, [*v, v[0]], "o-", color=colour, lw=1.5, ms=3, label=n)
         ax.fill(angle, [*v, v[0]], color=colour, alpha=0.08)
-    ax.set_xticks(angle[:-1], [c.name for c in s.criteria])
+    ax.set_xticks(angle[:-1], [s.criteria[j].name for j in at])
     ax.set_ylim(0, 1.05)
     ax.set_yticks([0.5, 1.0], ["½", "1"], fontsize="small")
     ax.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1.15, 0.5))
