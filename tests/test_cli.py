@@ -89,6 +89,18 @@ def test_compare_reads_committed_results(space):
     assert "lipo" in matfm("runs", "compare", "--columns", "dataset", "--metric", "mae", "--store", "data/results").stdout.splitlines()[0]
 
 
+def test_a_report_compares_methods_over_data_sets(space):
+    metrics = tuple(Metric("mae", value + seed / 100, n=9, tags={"dataset": d, "model": m, "seed": str(seed)})
+                    for d, m, value in [("esol", "a", 0.5), ("esol", "b", 0.7), ("lipo", "a", 0.4), ("lipo", "b", 0.8), ("lipo", "c", 0.1), ("qm7", "a", 9.0), ("qm7", "b", 8.0)] for seed in (0, 1))
+    Result(ExperimentSpec("e01_toy", {}), metrics=metrics).save(space / "data" / "results" / "e01_toy.json")
+    compare = "runs", "compare", "e01_toy", "--store", "data/results", "--report", "out.html"
+    out = matfm(*compare, "--metric", "mae").stdout
+    assert "0.505 ± 0.0071 *" in out and "report: out.html" in out
+    page = (space / "out.html").read_text()
+    assert page.count("<img") == 2 and "left out: c: only 1 of 3 data sets" in page
+    assert "give --metric" in matfm(*compare, code=2).stderr
+
+
 def test_data_and_cards(space):
     assert "esol" in matfm("data", "list", "--domain", "molecule", "--task", "regression").stdout
     assert "licence" in matfm("data", "card", "esol").stdout

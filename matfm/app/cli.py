@@ -193,6 +193,15 @@ def runs_show(run: Annotated[str, typer.Argument(help="A run's name, its digest,
     _said(r)
     for text in (r.baselines, *r.claims, r.notes): typer.echo(text) if text else None
 
+# %% ../../nbs/app/99_cli.ipynb #6b78e43a
+def _standing(results: Any, metric: str | None, columns: str, rows: str | None, over: str, report: Path) -> None:
+    "Methods by data sets, printed and as a page."
+    from matfm.evaluate.result_tables import standings
+    if metric is None: raise BadInput("--report needs one metric: give --metric")
+    found = standings(results, metric, method="model" if columns == "metric" else columns, over=rows or "dataset", repeats=["seed", "fold"] if over == "seed" else over.split(","))
+    typer.echo(found)
+    typer.echo(f"report: {found.save(report)}")
+
 # %% ../../nbs/app/99_cli.ipynb #6b78e439
 @runs_app.command("compare")
 def runs_compare(
@@ -202,9 +211,11 @@ def runs_compare(
     metric: Annotated[str | None, typer.Option(help="Only this metric.")] = None,
     over: Annotated[str, typer.Option(help="Averaged over, e.g. seed,fold.")] = "seed",
     store: Where = None,
+    report: Annotated[Path | None, typer.Option(help="Write an HTML page of one --metric: methods (--columns, else model) by data sets (--rows, else dataset), with tests, cautions and pictures.")] = None,
 ) -> None:
     "Lay the metrics of many runs side by side."
     from matfm.run.results import Store
+    if report is not None: return _standing(Store(store).results(name), metric, columns, rows, over, report)
     found = Store(store).compare(name, rows=rows.split(",") if rows else None, columns=columns, metric=metric, over=over.split(","))
     _echo_table(found, "nothing to compare")
 
