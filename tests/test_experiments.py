@@ -46,6 +46,7 @@ SMOKE = {
     "e43_physics": dict(limit=60, steps=2, pool_limit=120, n_test=20, sizes="20", seeds=2, arms="symmetry"),
     "e50_protocols": dict(sets="esol matbench_steels", limit=40, small=40, seeds=1, trees=4, folds=2),
     "e54_selection": dict(sets="esol", limit=24, folds=2, epochs=1, trees=3, members="kernel"),
+    "e45_ood": dict(limit=40, n_train=25, trees=5, sets="dielectric_constant:n", criteria="chemsys", contenders="stacked forest", outer=4),
     "e46_throughput": dict(n_graphs=20, n_train=24, n_valid=8, batch_size=8, turns=1, n_files=8, n_folder=25),
 }
 
