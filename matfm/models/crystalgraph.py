@@ -7,18 +7,18 @@ Docs: https://matfm.github.io/matfm/models/crystalgraph.html.md"""
 # %% ../../nbs/models/33_crystalgraph.ipynb #b2e13c7d
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core import BadInput, Batch, Encoded
-from .layers import CosineCutoff, FeedForward, GaussianBasis, pool, scatter_sum, to_dense
+from .layers import CosineCutoff, FeedForward, GaussianBasis, pool, scatter_mean, scatter_sum, to_dense
 from ..registry import encoders
 
 # %% auto #0
-__all__ = ['EdgeLinear', 'GatedConvolution', 'CrystalGNN']
+__all__ = ['ALIKE', 'EdgeLinear', 'GatedConvolution', 'shells_of', 'kinds_of', 'Folded', 'fold', 'CrystalGNN']
 
 # %% ../../nbs/models/33_crystalgraph.ipynb #a3ef23dd
 class EdgeLinear(nn.Module):
@@ -28,11 +28,13 @@ class EdgeLinear(nn.Module):
         self.centre = nn.Linear(width, out)
         self.neighbour, self.edge = nn.Linear(width, out, bias=False), nn.Linear(edge, out, bias=False)
 
-    def forward(self, x: Tensor, edge_index: Tensor, e: Tensor) -> Tensor:  # [N, d], [2, E], [E, k] -> [E, out]
+    def forward(self, x: Tensor, edge_index: Tensor, e: Tensor, shell: Tensor | None = None) -> Tensor:  # [N, d], [2, E], [E, k] -> [E, out]; or [S, k], [E]: row of `e` of each edge
         j, i = edge_index
         z = self.centre(x).index_select(0, i)
         z += self.neighbour(x).index_select(0, j)              # in place, for no gradient needs what was there
-        return torch.addmm(z, e, self.edge.weight.t())
+        if shell is None: return torch.addmm(z, e, self.edge.weight.t())
+        z += self.edge(e).index_select(0, shell)
+        return z
 
 # %% ../../nbs/models/33_crystalgraph.ipynb #56c0f2c4
 class GatedConvolution(nn.Module):
@@ -49,10 +51,65 @@ class GatedConvolution(nn.Module):
         edge_index: Tensor,  # [2, E]: neighbour j, centre i
         basis: Tensor,       # distances as Gaussians, [E, k]
         weight: Tensor,      # cutoff weight, [E, 1]
+        shell: Tensor | None = None,  # row of `basis` of each edge, [E], where edges share rows
     ) -> Tensor:             # [N, d]
-        gate, value = self.mix(self.norm1(h), edge_index, basis).chunk(2, dim=-1)  # each [E, d]
+        gate, value = self.mix(self.norm1(h), edge_index, basis, shell).chunk(2, dim=-1)  # each [E, d]
         h = h + self.dropout(scatter_sum(gate.sigmoid() * F.silu(value) * weight, edge_index[1], len(h)) * self.scale)
         return h + self.dropout(self.feed_forward(self.norm2(h)))
+
+# %% ../../nbs/models/33_crystalgraph.ipynb #33f00002
+ALIKE = 1e-5  # Å, distances that follow each other so closely are one
+
+def shells_of(
+    graph: Tensor,     # crystal of each edge, [E]
+    distance: Tensor,  # [E], Å
+) -> tuple[Tensor, Tensor]:  # shell of each edge, [E]; distance of each shell, [S]
+    "Distances that are the same, crystal by crystal."
+    key, order = torch.sort(graph * 10**12 + (distance * 1e8).round().long())  # whole numbers, of 1e-8 Å, are exact on every device
+    number = F.pad((key.diff() > ALIKE * 1e8).long(), (1, 0)).cumsum(0)
+    shell = torch.empty_like(order).index_copy_(0, order, number)
+    return shell, scatter_mean(distance, shell, int(number[-1]) + 1)
+
+# %% ../../nbs/models/33_crystalgraph.ipynb #33f00004
+def _mixed(x: Tensor) -> Tensor:
+    "A hash of each 64-bit number."
+    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)): x = (x ^ (x >> shift)) * factor
+    return x ^ (x >> 31)
+
+def kinds_of(
+    numbers: Tensor,     # atomic numbers, [N]
+    edge_index: Tensor,  # [2, E]: neighbour, centre
+    shell: Tensor,       # [E]
+    rounds: int,         # of messages
+) -> Tensor:             # [N] int64, 0..C-1
+    "Which sites a network of so many rounds cannot tell apart."
+    j, i = edge_index
+    bond, colour = _mixed(shell + 1), _mixed(numbers + 1)
+    for _ in range(rounds): colour = _mixed(colour.index_add(0, i, _mixed(colour.index_select(0, j) + bond)))
+    return torch.unique(colour, return_inverse=True)[1]
+
+# %% ../../nbs/models/33_crystalgraph.ipynb #33f00007
+class Folded(NamedTuple):
+    "One site of each kind, and its different bonds."
+    kind: Tensor        # of each site, [N]
+    site: Tensor        # one of each kind, [C]
+    edge_index: Tensor  # kinds: neighbour, centre, [2, P]
+    times: Tensor       # how often each bond occurs, [P]
+    shell: Tensor       # of each bond, [P]
+    distance: Tensor    # of each shell, [S]
+
+def fold(batch: Batch, rounds: int) -> Folded:
+    "A batch of crystals without its repetitions, for a network of so many rounds that reads elements and distances."
+    edge_index = batch["edge_index"]
+    shell, distance = shells_of(batch["graph"].index_select(0, edge_index[1]), batch["distance"])
+    kind = kinds_of(batch["numbers"], edge_index, shell, rounds)
+    kinds, shells = int(kind.max()) + 1, len(distance)
+    site = kind.new_empty(kinds).index_copy_(0, kind, torch.arange(len(kind), device=kind.device))  # one of those that are alike
+    bonds = (site.index_select(0, kind.index_select(0, edge_index[1])) == edge_index[1]).nonzero()[:, 0]
+    (j, i), shell = kind[edge_index.index_select(1, bonds)], shell.index_select(0, bonds)
+    key, times = torch.unique((i * kinds + j) * shells + shell, return_counts=True)
+    pair = key // shells
+    return Folded(kind, site, torch.stack([pair % kinds, pair // kinds]), times, key % shells, distance)
 
 # %% ../../nbs/models/33_crystalgraph.ipynb #d306e5ae
 @encoders.register("crystal_gnn")
@@ -81,11 +138,18 @@ class CrystalGNN(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, batch: Batch) -> Encoded:
-        h, distance = self.element(batch["numbers"]), batch["distance"]          # [N, d], [E]
-        basis, weight = self.basis(distance), self.cutoff(distance)[:, None]     # [E, k], [E, 1]
-        for layer in self.layers: h = layer(h, batch["edge_index"], basis, weight)
-        states, mask = to_dense(self.norm(h), batch["graph"], batch["counts"])   # [B, n, d], [B, n]
+        f = fold(batch, len(self.layers)) if self.can_fold(batch) else None
+        numbers, edge_index, distance = (batch["numbers"][f.site], f.edge_index, f.distance) if f else (batch["numbers"], batch["edge_index"], batch["distance"])
+        h, basis, weight = self.element(numbers), self.basis(distance), self.cutoff(distance)[:, None]  # [C, d], [S, k], [S, 1]; without folding C = N, S = E
+        if f: weight = weight.index_select(0, f.shell) * f.times[:, None]                               # [P, 1]
+        for layer in self.layers: h = layer(h, edge_index, basis, weight, f.shell if f else None)
+        h = self.norm(h)
+        states, mask = to_dense(h.index_select(0, f.kind) if f else h, batch["graph"], batch["counts"])  # [B, n, d], [B, n]
         return Encoded(pool(states, mask), states, mask)
+
+    def can_fold(self, batch: Batch) -> bool:
+        "Not where sites that are alike may come to differ, by dropout, or distances are to be differentiated."
+        return len(batch["distance"]) > 0 and not batch["distance"].requires_grad and not (self.training and self.config["dropout"])
 
     @classmethod
     def for_representation(cls, representation: Any, **config: Any) -> CrystalGNN:

@@ -167,10 +167,10 @@ def cells_of_table(
     frame: Any,  # polars, with the columns `lattice` (nine numbers), `numbers` and `frac` of each crystal
 ) -> Cells:
     "All crystals that `crystal_arrays` would pass, end to end."
-    n, coordinates, edges = (frame[c].to_arrow().value_lengths().fill_null(0).to_numpy(zero_copy_only=False) for c in ("numbers", "frac", "lattice"))
+    n, coordinates, edges = (frame[c].list.len().fill_null(0).to_numpy().astype(np.int64) for c in ("numbers", "frac", "lattice"))
     rows = np.flatnonzero((n > 0) & (coordinates == 3 * n) & (edges == 9))
-    table, n = frame if len(rows) == len(frame) else frame[rows], n[rows].astype(np.int64)
-    lattice, frac, numbers = (table[c].to_arrow().flatten().to_numpy(zero_copy_only=False) for c in ("lattice", "frac", "numbers"))
+    table, n = frame if len(rows) == len(frame) else frame[rows], n[rows]
+    lattice, frac, numbers = (table[c].explode().to_numpy() for c in ("lattice", "frac", "numbers"))
     lattice, frac = lattice.reshape(-1, 3, 3), frac.reshape(-1, 3)
     sound = np.isfinite(frac).all(axis=1) & (numbers >= 1) & (numbers <= 118)
     good = np.isfinite(lattice).all(axis=(1, 2)) & np.logical_and.reduceat(sound, np.cumsum(n) - n)
