@@ -47,6 +47,8 @@ SMOKE = {
     "e50_protocols": dict(sets="esol matbench_steels", limit=40, small=40, seeds=1, trees=4, folds=2),
     "e54_selection": dict(sets="esol", limit=24, folds=2, epochs=1, trees=3, members="kernel"),
     "e45_ood": dict(limit=40, n_train=25, trees=5, sets="dielectric_constant:n", criteria="chemsys", contenders="stacked forest", outer=4),
+    "e52_qspr_antimalarials": dict(models="mlr", simulations=10, external=30),
+    "e53_malaria": dict(limit=120, rows=80, potency=0, models="avalon_forest qspr_mlr", trees=5, repeats=1, seeds=2),
     "e46_throughput": dict(n_graphs=20, n_train=24, n_valid=8, batch_size=8, turns=1, n_files=8, n_folder=25),
 }
 
