@@ -433,12 +433,13 @@ def nested(
     selection: Selection | None = None,
     folds: int = 5,                     # n: leave one out
     seed: int = 0,
+    fixed: Mapping[str, Any] = {},      # scikit-learn's own options that are not chosen
 ) -> np.ndarray:                        # [n]
     "Predictions of each row by a model that was chosen and fitted without it."
     fold, out = dealt_folds(y, folds, seed), np.zeros(len(y))
     for k in range(folds):
         there = fold == k
-        fitted = fit_qspr(model, X[~there], y[~there], selection=selection, seed=seed)
+        fitted = fit_qspr(model, X[~there], y[~there], selection=selection, seed=seed, fixed=fixed)
         out[there] = fitted(X[there])[0] if fitted else y[~there].mean()
     return out
 
