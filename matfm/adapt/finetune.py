@@ -247,7 +247,7 @@ def finetune_module() -> type:
         def __init__(self, predictor: Predictor, train: Labelled, valid: Labelled, spec: FinetuneSpec, stop: threading.Event):
             super().__init__()
             self.predictor, self.train_data, self.valid_data, self.spec, self.stop = predictor, train, valid, spec, stop
-            self.plan = BatchPlan(sizes_of(train.representation, train.items), spec.batch_size, seed=spec.seed)
+            self.plan = BatchPlan(sizes_of(train.representation, train.items), spec.batch_size, seed=spec.seed, buckets=getattr(train.representation, "pads", True))
             self.history: list[dict[str, float]] = []
             self.best: tuple[float, int, dict[str, Tensor]] = (float("inf"), 0, copy.deepcopy(predictor.state_dict()))
             self.sums = [0.0, 0.0]

@@ -92,6 +92,7 @@ class CrystalGraph(Spec):
     cutoff: float = 6.0              # Å
     max_neighbors: int | None = 12   # at least so many nearest neighbours are kept, in whole shells; None: all within the cutoff
     domain: ClassVar[str] = "crystal"
+    pads: ClassVar[bool] = False     # a batch is one graph: crystals of like size need not come together
 
     def check(self) -> None:
         if not 0 < self.cutoff <= 20: raise BadInput(f"cutoff must be in (0, 20] Å, got {self.cutoff}")
