@@ -108,6 +108,7 @@ def views_of(
         found |= {m: np.minimum(word_counts([said[m]], views.length)[0], 255).astype(np.uint8) for m in wanted}
     return found
 
+# %% ../../nbs/pretrain/64_multimodal.ipynb #64c0000e
 def with_views(
     item: Item,                         # not changed
     views: CrystalViews,
@@ -122,7 +123,7 @@ def with_views(
         out |= {KEYS[m]: np.zeros(views.shape(m), np.float32) if x is None else np.asarray(x), HAS[m]: np.array(x is not None)}
     return out
 
-# %% ../../nbs/pretrain/64_multimodal.ipynb #64c00011
+# %% ../../nbs/pretrain/64_multimodal.ipynb #64c00012
 class PatternEncoder(nn.Module):
     "Powder pattern → vector: convolutions over the angle, then a dense layer that knows where each feature stands."
     def __init__(self, shape: Sequence[int], width: int):
@@ -132,12 +133,13 @@ class PatternEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor: return self.out(self.convolutions(x.clamp_min(0).sqrt()[:, None]))  # [B, K] -> [B, d]
 
+# %% ../../nbs/pretrain/64_multimodal.ipynb #64c00013
 class WordsEncoder(nn.Sequential):
     "Counts of words → vector."
     def __init__(self, shape: Sequence[int], width: int): super().__init__(nn.Linear(shape[0], 2 * width), nn.GELU(), nn.LayerNorm(2 * width), nn.Linear(2 * width, width))
     def forward(self, x: Tensor) -> Tensor: return super().forward(x.log1p())  # [B, K] -> [B, d]
 
-# %% ../../nbs/pretrain/64_multimodal.ipynb #64c00012
+# %% ../../nbs/pretrain/64_multimodal.ipynb #64c00015
 class DosEncoder(nn.Module):
     "Density of states → vector: a transformer over tokens of neighbouring points."
     def __init__(self, shape: Sequence[int], width: int, patch: int = 8, depth: int = 2):
@@ -150,6 +152,7 @@ class DosEncoder(nn.Module):
         n = x.shape[1] // self.patch * self.patch
         return self.norm(self.layers(self.token(x[:, :n].reshape(len(x), -1, 2 * self.patch))).mean(1))
 
+# %% ../../nbs/pretrain/64_multimodal.ipynb #64c00016
 class DensityEncoder(nn.Sequential):
     "Charge density on a grid → vector: periodic convolutions, mean over the cell."
     def __init__(self, shape: Sequence[int], width: int):
@@ -158,9 +161,10 @@ class DensityEncoder(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor: return super().forward(x[:, None])  # [B, X, Y, Z] -> [B, d]
 
+# %% ../../nbs/pretrain/64_multimodal.ipynb #64c00017
 MODALITY_ENCODERS: dict[str, Callable[[Sequence[int], int], nn.Module]] = {"xrd": PatternEncoder, "text": WordsEncoder, "masked_text": WordsEncoder, "dos": DosEncoder, "density": DensityEncoder}
 
-# %% ../../nbs/pretrain/64_multimodal.ipynb #64c00016
+# %% ../../nbs/pretrain/64_multimodal.ipynb #64c0001b
 def info_nce(
     a: Tensor,            # unit vectors, [B, p]
     b: Tensor,            # of the same records, [B, p]
@@ -171,6 +175,7 @@ def info_nce(
     logits, own = scale * a @ b.T, torch.arange(len(a), device=a.device)
     return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 
+# %% ../../nbs/pretrain/64_multimodal.ipynb #64c0001d
 def pair_names(
     modalities: Sequence[str],
     all_pairs: bool,  # also pairs without the crystal
@@ -178,7 +183,7 @@ def pair_names(
     "Pairs that are to agree; `crystal` is the encoder's own view."
     return combinations(("crystal", *modalities), 2) if all_pairs else (("crystal", m) for m in modalities)
 
-# %% ../../nbs/pretrain/64_multimodal.ipynb #64c00019
+# %% ../../nbs/pretrain/64_multimodal.ipynb #64c00020
 class Port(nn.Sequential):
     "States of an encoder → unit vectors of the common space: dense, GELU, dense."
     def __init__(self, width: int, space: int): super().__init__(nn.LayerNorm(width), nn.Linear(width, space), nn.GELU(), nn.Linear(space, space))
@@ -186,7 +191,7 @@ class Port(nn.Sequential):
 
 SHARPEST = 100.0  # largest scale of the cosines, as in CLIP
 
-# %% ../../nbs/pretrain/64_multimodal.ipynb #64c0001d
+# %% ../../nbs/pretrain/64_multimodal.ipynb #64c00024
 @objectives.register("multimodal")
 class Multimodal(ObjectiveModule):
     "A crystal's modalities and the crystal find each other in the batch (Moro et al. 2025)."
@@ -227,7 +232,7 @@ class Multimodal(ObjectiveModule):
         self.check(batch)
         return pair_losses(self, placed(self, encoder, shaken(batch, self.config["noise"], self.config["hide"], generator)), batch)
 
-# %% ../../nbs/pretrain/64_multimodal.ipynb #64c0001e
+# %% ../../nbs/pretrain/64_multimodal.ipynb #64c00025
 def shaken(
     batch: Batch,                             # not changed
     noise: float,                             # Å
@@ -241,11 +246,21 @@ def shaken(
         if k in batch: out[k] = batch[k] * (uniform(batch[k].shape, generator, batch[k].device) >= hide)
     return out
 
-def placed(objective: Multimodal, encoder: Any, batch: Batch) -> dict[str, Tensor]:  # each [B, p]
+# %% ../../nbs/pretrain/64_multimodal.ipynb #64c00027
+def placed(
+    objective: Multimodal,
+    encoder: Any,            # of crystals
+    batch: Batch,
+) -> dict[str, Tensor]:      # "crystal" and each modality → [B, p]
     "Crystals and modalities in the common space."
     return {"crystal": objective.ports["crystal"](encoder(batch).embedding), **{m: objective.modality(m, batch) for m in objective.config["shapes"]}}
 
-def pair_losses(objective: Multimodal, z: Mapping[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+# %% ../../nbs/pretrain/64_multimodal.ipynb #64c00028
+def pair_losses(
+    objective: Multimodal,
+    z: Mapping[str, Tensor],  # what `placed` gave
+    batch: Batch,             # says which modality is known
+) -> dict[str, Tensor]:
     "The mean loss of all pairs that at least two records have, and figures of each."
     known = {"crystal": torch.ones(len(z["crystal"]), dtype=torch.bool, device=z["crystal"].device), **{m: batch[HAS[m]] for m in objective.config["shapes"]}}
     losses, out = [], {"temperature": 1 / objective.scale.detach()}
@@ -260,7 +275,7 @@ def pair_losses(objective: Multimodal, z: Mapping[str, Tensor], batch: Batch) ->
     counted = sum(bool(out[k].isfinite()) for k in out if k.endswith("_loss"))
     return {"loss": torch.stack(losses).sum() / max(1, counted), **out}
 
-# %% ../../nbs/pretrain/64_multimodal.ipynb #64c00022
+# %% ../../nbs/pretrain/64_multimodal.ipynb #64c0002c
 @torch.no_grad()
 def in_common_space(
     pretrained: Pretrained,  # that reads `crystal_views`
@@ -279,6 +294,7 @@ def in_common_space(
     pretrained.encoder.train(was[0]); objective.train(was[1])
     return found
 
+# %% ../../nbs/pretrain/64_multimodal.ipynb #64c0002e
 def ranks(
     query: np.ndarray,    # [n, p]
     gallery: np.ndarray,  # [n, p], row k belongs to query k
@@ -287,6 +303,7 @@ def ranks(
     likeness = query @ gallery.T
     return (likeness >= np.diag(likeness)[:, None] - 1e-6).sum(1)
 
+# %% ../../nbs/pretrain/64_multimodal.ipynb #64c00030
 def without_modalities(
     pretrained: Pretrained,  # that reads `crystal_views`
 ) -> Pretrained:
