@@ -133,6 +133,7 @@ class CrystalGNN(nn.Module):
         if min(width, depth, max_number) < 1 or neighbors <= 0: raise BadInput(f"sizes must be ≥ 1, got {self.config}")
         self.width = width
         self.element = nn.Embedding(max_number + 1, width)
+        self.element.weight.data *= 0.1  # small beside a few steps of training, which so decides what elements have in common
         self.basis, self.cutoff = GaussianBasis(basis, cutoff), CosineCutoff(cutoff)
         self.layers = nn.ModuleList(GatedConvolution(width, basis, neighbors, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
