@@ -205,6 +205,7 @@ def weights_for(
     "The search for one threshold; the weights of the pass with the best calibration."
     rng, known = np.random.default_rng([seed, threshold]), Attributes.of([smiles[i] for i in parts.active], threshold, search.kinds)
     A, w, y = known.counts(smiles), rng.uniform(0.99, 1.01, len(known.names)), parts.y
+    if correlation((A @ w)[parts.active], y[parts.active]) < 0: w = -w  # the search climbs from where it stands
     history, weights, size = [], [], search.step
     for k in range(search.epochs + 1):
         value = one_pass(A, w, parts, search, size, rng) if k else float(parts.objective((A @ w)[None], search)[0])
