@@ -37,6 +37,7 @@ SMOKE = {
     "e34_low_data": dict(limit=70, seeds=1, sizes="30", models="kernel svm"),
     "e35_versus_peers": dict(sizes="30 40"),
     "e05_pretrain_compositions": dict(limit=120, steps=6, trees=5, forest_rows=60, small=""),
+    "e42_multimodal": dict(limit=40, held=16, pool=30, valid=12, labels=20, epochs=1, batch_size=20, sample=24, sample_epochs=1, trees=5),
     "e44_small_data": dict(limit=60, trees=5, draws=30, sets="matbench_steels"),
     "e47_small_crystals": dict(limit=60, trees=5, folds="0", sets="dielectric_constant:n"),
     "e51_uncertainty": dict(sets="matbench_steels", seeds=1, limit=110, train_rows=60, trees=8, members=2, epochs=1),
