@@ -23,7 +23,7 @@ import polars as pl
 
 from ..core import BadInput, Spec, canonical_json, pick, sha256_text
 from ..data.records import STRUCTURE, Records
-from ..data.splits import Split, butina_clusters, chemical_system, group_keys, identities, murcko_scaffold, times_of
+from ..data.splits import PART_NAMES, Split, butina_clusters, chemical_system, column_split, group_keys, identities, murcko_scaffold, times_of
 from .comparison import against, corrected_t, friedman, holm, kept, mean_ranks, rank_plot
 from .metrics import METRICS, as_measure, bootstrap, metrics_of
 from ..registry import baselines, representations
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['BY', 'PROTOCOLS', 'Protocol', 'protocol', 'keys_by', 'deal', 'Plan', 'held', 'blocks_in_time', 'plan', 'save_plan',
-           'load_plan', 'OnVectors', 'one_each', 'fresh', 'described', 'Measured', 'ProtocolRun', 'run_losses',
-           'as_loss', 'run_protocol', 'opened', 'run_summary', 'run_compare', 'with_holm', 'null_rejections',
-           'set_losses', 'over_data_sets', 'run_plot']
+           'load_plan', 'with_methods', 'OnVectors', 'one_each', 'fresh', 'described', 'Measured', 'ProtocolRun',
+           'run_losses', 'as_loss', 'run_protocol', 'opened', 'run_summary', 'run_compare', 'with_holm',
+           'null_rejections', 'set_losses', 'over_data_sets', 'run_plot']
 
 # %% ../../nbs/evaluate/83_protocols.ipynb #pr000005
 BY = ("substance", "row", "scaffold", "cluster", "formula", "chemsys", "time")
@@ -159,6 +159,9 @@ def blocks_in_time(
 def _official(records: Records, column: str) -> list[tuple[np.ndarray, np.ndarray]]:
     values = np.array([str(v) for v in records.frame[pick(column, records.frame.columns, "column")].to_list()])
     names = sorted(set(values))
+    if {v.strip().lower() for v in names} <= set(PART_NAMES):  # "train" and "test" instead of numbers
+        given = column_split(records, column)
+        return [(np.array([*given.train, *given.valid]), np.array(given.test, int))]
     if len(names) < 2: raise BadInput(f"column {column!r} numbers {len(names)} fold: at least 2 are needed")
     return [(np.flatnonzero(values != v), np.flatnonzero(values == v)) for v in names]
 
@@ -247,12 +250,17 @@ def load_plan(folder: str | Path) -> Plan:
     return Plan(Protocol.from_dict(facts["protocol"]), splits, inner if any(inner) else (), found.get("final.json"))
 
 # %% ../../nbs/evaluate/83_protocols.ipynb #pr000036
+def with_methods(model: Any) -> Any:
+    "The model itself, if it can be fitted and asked."
+    for name in ("fit", "predict"):
+        if not callable(getattr(model, name, None)): raise BadInput(f"{type(model).__name__} has no {name}(): a model needs fit(X, y) and predict(X), or fit(records, target) and predict(records)")
+    return model
+
+# %% ../../nbs/evaluate/83_protocols.ipynb #pr000037
 class OnVectors:
     "An estimator with `fit(X, y)` on the vectors of a descriptor."
     def __init__(self, estimator: Any, descriptor: Any = "ecfp", kind: str = "regression"):
-        for name in ("fit", "predict"):
-            if not callable(getattr(estimator, name, None)): raise BadInput(f"{type(estimator).__name__} has no {name}(): an estimator needs fit(X, y) and predict(X)")
-        self.estimator, self.kind = estimator, pick(kind, ["regression", "binary"], "kind of target")
+        self.estimator, self.kind = with_methods(estimator), pick(kind, ["regression", "binary"], "kind of target")
         self.descriptor = representations.build(descriptor) if isinstance(descriptor, (str, Mapping)) else descriptor
         self.known: dict[str, np.ndarray] = {}
 
@@ -282,7 +290,7 @@ class OnVectors:
         if len(rows): out[rows] = _scores(self.estimator, X, self.kind)
         return out
 
-# %% ../../nbs/evaluate/83_protocols.ipynb #pr000037
+# %% ../../nbs/evaluate/83_protocols.ipynb #pr000038
 def _texts(records: Records) -> list[str]:
     "A text for every structure, the same for the same one."
     return records.frame.select(pl.struct(list(STRUCTURE[records.domain])).struct.json_encode()).to_series().to_list()
@@ -296,7 +304,7 @@ def _scores(estimator: Any, X: np.ndarray, kind: str) -> np.ndarray:
     else: p = np.asarray(estimator.predict(X), float)
     return one_each(p, len(X), type(estimator).__name__)
 
-# %% ../../nbs/evaluate/83_protocols.ipynb #pr000038
+# %% ../../nbs/evaluate/83_protocols.ipynb #pr000039
 def one_each(
     pred: Any,
     n: int,
@@ -309,20 +317,20 @@ def one_each(
     if not np.isfinite(p).all(): raise BadInput(f"{who} answered {int((~np.isfinite(p)).sum())} of {n} rows with NaN or infinity")
     return p
 
-# %% ../../nbs/evaluate/83_protocols.ipynb #pr000042
+# %% ../../nbs/evaluate/83_protocols.ipynb #pr000043
 def fresh(
     model: Any,       # the name of a baseline, an object, or a function that makes one
     kind: str,        # "regression" or "binary"
-    descriptor: Any = None,  # what an estimator with `fit(X, y)` sees; None: its domain's default
+    descriptor: Any = None,  # what an estimator with `fit(X, y)` sees; None: its domain's default; "records": it has `fit(records, target)`
     domain: str = "molecule",
 ) -> Any:
     "A model that was not fitted yet, with `fit(records, target)` and `predict(records)`."
     if isinstance(model, str): return baselines.build({"name": pick(model, baselines, "baseline"), "kind": kind})
     made = copy.deepcopy(model) if hasattr(model, "fit") or not callable(model) else model()
-    if isinstance(made, OnVectors) or hasattr(made, "targets") or getattr(made, "on_records", False): return made
+    if isinstance(made, OnVectors) or hasattr(made, "targets") or descriptor == "records" or getattr(made, "on_records", False): return with_methods(made)
     return OnVectors(made, descriptor or ("ecfp" if domain == "molecule" else "composition_stats"), kind)
 
-# %% ../../nbs/evaluate/83_protocols.ipynb #pr000043
+# %% ../../nbs/evaluate/83_protocols.ipynb #pr000044
 def described(model: Any) -> str:
     "A model's class and settings as text, without addresses in memory."
     if isinstance(model, OnVectors): return f"{described(model.estimator)} on {canonical_json(representations.describe(model.descriptor))}"
@@ -330,7 +338,7 @@ def described(model: Any) -> str:
     text = type(model).__name__ + (" " + ", ".join(f"{k}={v!r}" for k, v in sorted(settings.items())) if settings else "")
     return re.sub(r" at 0x[0-9a-f]+", "", " ".join((text if settings else f"{text} {model!r}").split()))
 
-# %% ../../nbs/evaluate/83_protocols.ipynb #pr000047
+# %% ../../nbs/evaluate/83_protocols.ipynb #pr000048
 class Measured:
     "Context: `seconds` and `peak_mib` of what runs inside."
     def __init__(self, every: float = 0.01): self.every, self.seconds, self.peak_mib = every, 0.0, 0.0  # every: seconds between samples
@@ -352,7 +360,7 @@ class Measured:
         self._done.set()
         self._thread.join()
 
-# %% ../../nbs/evaluate/83_protocols.ipynb #pr000051
+# %% ../../nbs/evaluate/83_protocols.ipynb #pr000052
 @dataclass(eq=False)
 class ProtocolRun:
     "What models did under a plan: every prediction, every fold."
@@ -373,13 +381,13 @@ class ProtocolRun:
     def __repr__(self) -> str: return f"ProtocolRun({self.target}, {self.metric}, {len(self.cells)} cells)\n{self.summary()}" + "".join(f"\n{n}" for n in self.notes)
     def _repr_html_(self) -> str: return self.summary()._repr_html_() + "".join(f"<p>{n}</p>" for n in self.notes)
 
-# %% ../../nbs/evaluate/83_protocols.ipynb #pr000053
+# %% ../../nbs/evaluate/83_protocols.ipynb #pr000054
 def run_losses(run: ProtocolRun, model: str, share: float = 1.0) -> np.ndarray:  # [splits], NaN where it failed
     "Losses of a model over the folds."
     found = [c["loss"] for c in run.cells if c["model"] == pick(model, run.models, "model") and c["part"] == "fold" and c["share"] == share]
     return np.array([np.nan if v is None else v for v in found], float)
 
-# %% ../../nbs/evaluate/83_protocols.ipynb #pr000054
+# %% ../../nbs/evaluate/83_protocols.ipynb #pr000055
 def as_loss(
     metric: str,   # one of `METRICS`
     value: float,
@@ -387,7 +395,7 @@ def as_loss(
     "The value, or 1 − value where more is better: the smaller, the better."
     return value if METRICS[pick(metric, METRICS, "metric")].better == "min" else 1 - value
 
-# %% ../../nbs/evaluate/83_protocols.ipynb #pr000055
+# %% ../../nbs/evaluate/83_protocols.ipynb #pr000056
 def _attempt(model: Any, records: Records, target: str, train: Sequence[int], hold: Sequence[int]) -> dict[str, Any]:
     "Predictions of the held-out rows, seconds and memory; or the reason why there are none."
     try:
@@ -397,7 +405,7 @@ def _attempt(model: Any, records: Records, target: str, train: Sequence[int], ho
     except Exception as e:  # whatever a stranger's estimator raises
         return {"pred": np.full(len(hold), np.nan), "fit": np.nan, "predict": np.nan, "memory": np.nan, "error": f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"}
 
-# %% ../../nbs/evaluate/83_protocols.ipynb #pr000057
+# %% ../../nbs/evaluate/83_protocols.ipynb #pr000058
 def _cell(make: Callable[[], Any], records: Records, target: str, split: Split, folder: str | Path, name: str) -> dict[str, Any]:
     "`_attempt`, or what an earlier one left; failures are tried again."
     key = canonical_json([records.digest, target, split.digest, described(make())])
@@ -411,12 +419,12 @@ def _good(cell: dict[str, Any]) -> dict[str, Any]:
     if cell["error"]: raise _Failed(cell)
     return cell
 
-# %% ../../nbs/evaluate/83_protocols.ipynb #pr000058
+# %% ../../nbs/evaluate/83_protocols.ipynb #pr000059
 def _loss(metric: str, y: np.ndarray, pred: np.ndarray) -> float:
     if np.isnan(pred).any(): return float("nan")
     return as_loss(metric, as_measure(metric)(y, pred))
 
-# %% ../../nbs/evaluate/83_protocols.ipynb #pr000059
+# %% ../../nbs/evaluate/83_protocols.ipynb #pr000060
 def _chosen(family: Mapping[str, Callable[[], Any]], records: Records, target: str, metric: str, y: np.ndarray, inner: Sequence[Split], folder: str | Path, name: str) -> tuple[str, dict[str, float]]:
     "The setting with the smallest mean loss over the inner folds, and the means of all."
     if len(family) > 1 and not inner: raise BadInput(f"{name} has {len(family)} settings: a plan with inner folds is needed to choose one, e.g. plan('nested', records)")
@@ -425,7 +433,7 @@ def _chosen(family: Mapping[str, Callable[[], Any]], records: Records, target: s
     if all(np.isnan(v) for v in means.values()): return next(iter(family)), means
     return min(means, key=lambda s: (np.isnan(means[s]), means[s])), means
 
-# %% ../../nbs/evaluate/83_protocols.ipynb #pr000060
+# %% ../../nbs/evaluate/83_protocols.ipynb #pr000061
 def _families(models: Any, kind: str, descriptor: Any, domain: str) -> dict[str, dict[str, Callable[[], Any]]]:
     "Name → setting → a function that makes a fresh model."
     if not isinstance(models, Mapping): models = {m if isinstance(m, str) else type(m).__name__: m for m in (models if isinstance(models, (list, tuple)) else [models])}
@@ -435,7 +443,7 @@ def _families(models: Any, kind: str, descriptor: Any, domain: str) -> dict[str,
         return lambda: fresh(m, kind, descriptor, domain)
     return {n: {s: maker(m) for s, m in f.items()} if isinstance(f, Mapping) else {"": maker(f)} for n, f in models.items()}
 
-# %% ../../nbs/evaluate/83_protocols.ipynb #pr000061
+# %% ../../nbs/evaluate/83_protocols.ipynb #pr000062
 def run_protocol(
     made: Plan,
     records: Records,
@@ -468,7 +476,7 @@ def run_protocol(
     run.predictions = pl.concat(tables)
     return run
 
-# %% ../../nbs/evaluate/83_protocols.ipynb #pr000062
+# %% ../../nbs/evaluate/83_protocols.ipynb #pr000063
 def _none(v: float) -> float | None: return float(v) if np.isfinite(v) else None
 
 def _prepared(family: dict[str, Callable[[], Any]], records: Records) -> dict[str, Callable[[], Any]]:
@@ -485,13 +493,13 @@ def _prepared(family: dict[str, Callable[[], Any]], records: Records) -> dict[st
         return one
     return {s: wrap(make) for s, make in family.items()}
 
-# %% ../../nbs/evaluate/83_protocols.ipynb #pr000064
+# %% ../../nbs/evaluate/83_protocols.ipynb #pr000065
 def _final_setting(run: ProtocolRun, name: str, family: Mapping[str, Any]) -> tuple[str, dict[str, float]]:
     "The setting that the folds chose most often."
     votes = [c["setting"] for c in run.cells if c["model"] == name]
     return max(family, key=votes.count), {}
 
-# %% ../../nbs/evaluate/83_protocols.ipynb #pr000066
+# %% ../../nbs/evaluate/83_protocols.ipynb #pr000067
 _OPENED: dict[str, list[dict[str, str]]] = {}  # of plans without a folder, for as long as Python runs
 
 def opened(
@@ -512,7 +520,7 @@ def opened(
     warnings.warn(note, stacklevel=2)
     return [note]
 
-# %% ../../nbs/evaluate/83_protocols.ipynb #pr000073
+# %% ../../nbs/evaluate/83_protocols.ipynb #pr000074
 def run_summary(run: ProtocolRun) -> Table:
     "One row for each model (and share of the training part)."
     rows = Table()
@@ -534,7 +542,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
     known = [v for v in values if v is not None]
     return float(np.mean(known)) if known else None
 
-# %% ../../nbs/evaluate/83_protocols.ipynb #pr000077
+# %% ../../nbs/evaluate/83_protocols.ipynb #pr000078
 def run_compare(
     run: ProtocolRun,
     to: str | None = None,  # the method that is held against all others; None: every pair
@@ -550,7 +558,7 @@ def run_compare(
         if both.sum() >= 2: rows.append({"model": a, "against": b, **corrected_t(x[both], y[both], ratio).to_dict(), "left_out": int((~both).sum())})
     return with_holm(rows)
 
-# %% ../../nbs/evaluate/83_protocols.ipynb #pr000078
+# %% ../../nbs/evaluate/83_protocols.ipynb #pr000079
 def with_holm(
     rows: Sequence[dict[str, Any]],  # each with "p"
     alpha: float = 0.05,
@@ -561,7 +569,7 @@ def with_holm(
     if chance > most: warnings.warn(f"{len(rows)} comparisons: without a correction the chance of at least one false alarm at {alpha:g} is up to {chance:.0%}; read p_holm", stacklevel=3)
     return Table({**r, "p_holm": float(p)} for r, p in zip(rows, holm([r["p"] for r in rows]) if rows else [], strict=True))
 
-# %% ../../nbs/evaluate/83_protocols.ipynb #pr000082
+# %% ../../nbs/evaluate/83_protocols.ipynb #pr000083
 def null_rejections(
     sets: int = 400,     # data sets
     n: int = 60,         # rows of each
@@ -586,7 +594,7 @@ def null_rejections(
         hits["corrected"] += corrected_t(a, b, 1 / (folds - 1)).p < alpha
     return {k: v / sets for k, v in hits.items()}
 
-# %% ../../nbs/evaluate/83_protocols.ipynb #pr000086
+# %% ../../nbs/evaluate/83_protocols.ipynb #pr000087
 def set_losses(
     runs: Mapping[str, ProtocolRun],  # data set → run
 ) -> dict[str, dict[str, float]]:     # method → data set → mean loss over the folds
@@ -598,7 +606,7 @@ def set_losses(
             if np.isfinite(v).any(): out.setdefault(model, {})[name] = float(np.nanmean(v))
     return out
 
-# %% ../../nbs/evaluate/83_protocols.ipynb #pr000087
+# %% ../../nbs/evaluate/83_protocols.ipynb #pr000088
 def over_data_sets(
     losses: Mapping[str, Mapping[str, float]],  # method → data set → loss > 0
     method: str | None = None,                  # held against all others; None: the best by mean rank
@@ -615,7 +623,7 @@ def over_data_sets(
     rows = with_holm(against(first, {m: {s: losses[m][s] for s in sets} for m in names}))
     return rows, {"sets": len(sets), "methods": len(names), "friedman_p": friedman(table)[2], "first": first, "ranks": ranks}, ax
 
-# %% ../../nbs/evaluate/83_protocols.ipynb #pr000092
+# %% ../../nbs/evaluate/83_protocols.ipynb #pr000093
 def run_plot(run: ProtocolRun, ax: Axes | None = None) -> Axes:
     "Losses of the folds, mean ± standard deviation, and the final test; or learning curves."
     unit = f"loss: {run.metric if METRICS[run.metric].better == 'min' else f'1 − {run.metric}'}" + (f" ({run.unit})" if run.unit else "")
