@@ -94,12 +94,13 @@ def open_entry(
         warnings.warn(text, stacklevel=2)
     return records, made
 
+# %% ../../nbs/evaluate/84_benchmarks.ipynb #bm000010
 def pinned(entry: Entry) -> Entry:
     "The same set, with the pin of the rows and splits that are found now."
     records, made = open_entry(entry.replace(pin=""))
     return entry.replace(pin=sha256_text(records.digest + made.digest)[:12])
 
-# %% ../../nbs/evaluate/84_benchmarks.ipynb #bm000012
+# %% ../../nbs/evaluate/84_benchmarks.ipynb #bm000014
 @dataclass(frozen=True)
 class Benchmark(Spec):
     "Sets under one name; `digest` is its hash."
@@ -122,7 +123,7 @@ class Benchmark(Spec):
     def __repr__(self) -> str: return f"Benchmark({self.name}, {len(self.entries)} sets, hash {self.digest})"
     def _repr_html_(self) -> str: return f"<p><b>{html.escape(self.name)}</b>, hash {self.digest}<br>{html.escape(self.about)}</p>{html_table(self.table())}"
 
-# %% ../../nbs/evaluate/84_benchmarks.ipynb #bm000013
+# %% ../../nbs/evaluate/84_benchmarks.ipynb #bm000015
 _SCAFFOLD, _CLUSTER, _FOLDS, _ACE = protocol("scaffold"), protocol("cluster"), protocol("official"), protocol("official", column="split")
 _LOGS, _PUBLISHED = "measured log solubility in mols per litre", "y [pEC50/pKi]"
 _PINS: dict[str, Any] = {
@@ -135,7 +136,7 @@ _PINS: dict[str, Any] = {
         "CHEMBL287_Ki": "9504b46f86d1", "CHEMBL3979_EC50": "44c59f23ccae", "CHEMBL4005_Ki": "745c5828b333", "CHEMBL4616_EC50": "e38961c5aebc", "CHEMBL4792_Ki": "cb9885526030"},
     "crystals-small": ["99d7045b0380", "5bf882e530dd", "5283607798af", "b3436f54caf0", "522409cd38ce", "0d4433db01db"]}
 
-# %% ../../nbs/evaluate/84_benchmarks.ipynb #bm000014
+# %% ../../nbs/evaluate/84_benchmarks.ipynb #bm000016
 BENCHMARKS: dict[str, Benchmark] = {b.name: b for b in (
     Benchmark("quick", (Entry("matfm_molecules", "gap", "mae", protocol("scaffold", folds=3), rows=240, pin=_PINS["quick"][0]), Entry("matfm_crystals", "formation_energy", "mae", protocol("formula", folds=3), rows=240, pin=_PINS["quick"][1])),
               "Embedded data only: is everything connected?"),
@@ -147,6 +148,7 @@ BENCHMARKS: dict[str, Benchmark] = {b.name: b for b in (
     Benchmark("crystals-small", tuple(Entry(d, t, m, _FOLDS, pin=p) for (d, t, m), p in zip((("matbench_steels", "yield strength", "mae"), ("matbench_jdft2d", "exfoliation_en", "mae"), ("matbench_expt_gap", "gap expt", "mae"), ("matbench_dielectric", "n", "mae"),
               ("matbench_glass", "gfa", "auroc"), ("matbench_phonons", "last phdos peak", "mae")), _PINS["crystals-small"], strict=True)), "Five tasks of MatBench from compositions and one from structures, the published folds."))}
 
+# %% ../../nbs/evaluate/84_benchmarks.ipynb #bm000017
 def benchmark(
     name: str | Benchmark,  # of a registered one, or of one that a package offers under the entry points `matfm.benchmark`
 ) -> Benchmark:
@@ -155,7 +157,7 @@ def benchmark(
     others = NameTable("benchmark")
     return BENCHMARKS[name] if name in BENCHMARKS else others.get(pick(name, [*BENCHMARKS, *others.names()], "benchmark"))
 
-# %% ../../nbs/evaluate/84_benchmarks.ipynb #bm000018
+# %% ../../nbs/evaluate/84_benchmarks.ipynb #bm000021
 class Shipped:
     "matfm's own predictors under the call of the baselines."
     on_records = True
@@ -178,7 +180,7 @@ class Shipped:
 
     def predict(self, records: Records) -> np.ndarray: return self.model.predict(records)[0][self.target].to_numpy()
 
-# %% ../../nbs/evaluate/84_benchmarks.ipynb #bm000019
+# %% ../../nbs/evaluate/84_benchmarks.ipynb #bm000022
 def model_for(
     model: Any,   # see above
     entry: Entry,
@@ -191,11 +193,12 @@ def model_for(
     pick(model, [*baselines, "light", "stacked", *checkpoints(), *encoders], "model")
     return Shipped(model, entry.kind)
 
+# %% ../../nbs/evaluate/84_benchmarks.ipynb #bm000023
 def beside(domain: str) -> list[str]:
     "The baselines that a model is held against."
     return ["dummy", "ecfp_forest", "ecfp_svm"] if domain == "molecule" else ["dummy", "composition_forest"]
 
-# %% ../../nbs/evaluate/84_benchmarks.ipynb #bm000023
+# %% ../../nbs/evaluate/84_benchmarks.ipynb #bm000027
 @dataclass(eq=False)
 class Report:
     "What a model did on a benchmark, beside the baselines."
@@ -227,7 +230,7 @@ class Report:
         lost = html_table([{"set": k, "not measured": v} for k, v in self.failed.items()]) if self.failed else ""
         return f"<p><b>{html.escape(self.label)}</b> on {self.benchmark.name} (hash {self.benchmark.digest}), {self.seconds:.0f} s</p>{html_table(self.rows)}{lost}"
 
-# %% ../../nbs/evaluate/84_benchmarks.ipynb #bm000025
+# %% ../../nbs/evaluate/84_benchmarks.ipynb #bm000029
 def set_rows(run: ProtocolRun, entry: Entry) -> Table:
     "One row for each model of a run."
     rows = Table()
@@ -240,7 +243,7 @@ def set_rows(run: ProtocolRun, entry: Entry) -> Table:
                      "mean": s["mean"], "sd": s["sd"], "folds": s["folds"], "failed": s["failed"], "seconds": s["seconds"], "memory_mib": s["memory_mib"], "error": "; ".join(errors)[:200]})
     return rows
 
-# %% ../../nbs/evaluate/84_benchmarks.ipynb #bm000026
+# %% ../../nbs/evaluate/84_benchmarks.ipynb #bm000030
 def bench(
     name: str | Benchmark,
     model: Any,                    # see `model_for`
@@ -270,7 +273,7 @@ def bench(
     if report.runs and len(lost) == len(report.runs): raise BadInput(f"{label} failed on every set; on the first: {lost[0]}")
     return report
 
-# %% ../../nbs/evaluate/84_benchmarks.ipynb #bm000033
+# %% ../../nbs/evaluate/84_benchmarks.ipynb #bm000037
 def report_comparison(report: Report) -> Table:
     "The model against each baseline on each set; below 0: the model is better."
     rows = []
@@ -281,6 +284,7 @@ def report_comparison(report: Report) -> Table:
             rows += [{"set": name, **{k: v for k, v in r.items() if k != "p_holm"}} for r in run.compare(report.label)]
     return with_holm(rows)
 
+# %% ../../nbs/evaluate/84_benchmarks.ipynb #bm000039
 def report_plot(report: Report, ax: Axes | None = None) -> Axes:
     "For each set the loss of each model over that of the dummy, with the interval; below 1 it has learnt something."
     names, models = list(report.runs), list(dict.fromkeys(r["model"] for r in report.rows))
@@ -297,7 +301,7 @@ def report_plot(report: Report, ax: Axes | None = None) -> Axes:
     ax.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     return ax
 
-# %% ../../nbs/evaluate/84_benchmarks.ipynb #bm000037
+# %% ../../nbs/evaluate/84_benchmarks.ipynb #bm000043
 def report_result(report: Report) -> Result:
     "The report as a result; one metric for each set and model, seconds and memory as well."
     b, made, hash_ = report.benchmark, [], report.benchmark.digest
@@ -312,7 +316,7 @@ def report_result(report: Report) -> Result:
     others = ", ".join(dict.fromkeys(r["model"] for r in report.rows if r["model"] != report.label)) or "none"
     return Result(spec, "ok" if report.rows else "failed", tuple(made), tables, "", ("E1",), (), f"on the same folds: {others}", round(report.seconds, 3), report.started, versions(), hardware(), report.digests, code_version())
 
-# %% ../../nbs/evaluate/84_benchmarks.ipynb #bm000038
+# %% ../../nbs/evaluate/84_benchmarks.ipynb #bm000044
 def report_sheet(report: Report) -> FactSheet:
     "The FactSheet of a run of a benchmark."
     b, used = report.benchmark, {e.data: source(e.data) for e in report.benchmark.entries}
@@ -323,7 +327,7 @@ def report_sheet(report: Report) -> FactSheet:
                      limits=limits, intended_use=["comparison of models on the same rows and folds"], risks=["settings that were tuned on these very folds make the figures too good"], licence="; ".join(sorted({s.licence or "unstated" for s in used.values()})),
                      citation="; ".join(sorted({s.citation or s.name for s in used.values()})), recipe=f'matfm.evaluate.benchmarks.bench("{b.name}", …)', energy=energy_note(report.seconds), provenance={"benchmark": f"{b.name} {b.digest}", **{f"data {k}": v for k, v in report.digests.items()}})
 
-# %% ../../nbs/evaluate/84_benchmarks.ipynb #bm000039
+# %% ../../nbs/evaluate/84_benchmarks.ipynb #bm000045
 def save_report(
     report: Report,
     folder: str | Path,
@@ -337,7 +341,7 @@ def save_report(
     report.sheet().save(folder)
     return folder
 
-# %% ../../nbs/evaluate/84_benchmarks.ipynb #bm000042
+# %% ../../nbs/evaluate/84_benchmarks.ipynb #bm000048
 def standings(
     results: Iterable[Result],
 ) -> dict[tuple[str, str], dict[str, dict[str, Metric]]]:  # (benchmark, hash) → model → set → metric
@@ -350,6 +354,7 @@ def standings(
             if m.name in METRICS and m.value is not None: board.setdefault(m.tags["model"], {}).setdefault(m.tags["dataset"], m)
     return out
 
+# %% ../../nbs/evaluate/84_benchmarks.ipynb #bm000049
 def leaderboard(
     results: Iterable[Result],  # e.g. `Store("data/results").results("bench")`
 ) -> str:

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # %% auto #0
-__all__ = ['Criterion', 'tested', 'scores', 'Selection', 'normalised', 'select', 'sensitivity', 'weight_ranges', 'reversals',
-           'pareto', 'frontier', 'frontier_plot', 'radar', 'simplex_plot']
+__all__ = ['Criterion', 'relative_losses', 'tested', 'scores', 'Selection', 'normalised', 'select', 'sensitivity',
+           'weight_ranges', 'reversals', 'pareto', 'frontier', 'frontier_plot', 'radar', 'simplex_grid', 'simplex_plot']
 
 # %% ../../nbs/evaluate/85_selection.ipynb #se000005
 @dataclass(frozen=True)
@@ -56,6 +56,11 @@ class Criterion(Spec):
         return self.must is None or (value <= self.must if self.better == "min" else value >= self.must)
 
 # %% ../../nbs/evaluate/85_selection.ipynb #se000009
+def relative_losses(runs: Mapping[str, ProtocolRun], model: str, reference: str) -> list[float]:
+    "Mean loss of a model over that of the reference, for each set on which a fold succeeded."
+    return [float(np.nanmean(r.losses(model)) / np.nanmean(r.losses(pick(reference, r.models, "reference")))) for r in runs.values() if np.isfinite(r.losses(model)).any()]
+
+# %% ../../nbs/evaluate/85_selection.ipynb #se000010
 def tested(
     runs: Mapping[str, ProtocolRun],          # data set → run, all with the same models
     reference: str = "mean",                  # the model whose loss is 1; it is no candidate
@@ -65,8 +70,8 @@ def tested(
     if not runs: raise BadInput("name at least one run")
     out: dict[str, dict[str, float]] = {}
     for model in [m for m in next(iter(runs.values())).models if m != reference]:
+        ratios = relative_losses(runs, model, reference)
         cells = [c for r in runs.values() for c in r.cells if c["model"] == model and c["part"] == "fold"]
-        ratios = [np.nanmean(r.losses(model)) / np.nanmean(r.losses(pick(reference, r.models, "reference"))) for r in runs.values() if np.isfinite(r.losses(model)).any()]
         ok = [c for c in cells if not c["error"]]
         if not ok: continue
         out[model] = {"error": float(np.exp(np.mean(np.log(ratios)))), "seconds": float(np.mean([c["seconds"] for c in ok])),
@@ -74,7 +79,7 @@ def tested(
         if parameters and model in parameters: out[model]["parameters"] = float(parameters[model])
     return out
 
-# %% ../../nbs/evaluate/85_selection.ipynb #se000013
+# %% ../../nbs/evaluate/85_selection.ipynb #se000014
 def scores(
     values: ArrayLike,  # [candidates]
     c: Criterion,
@@ -87,7 +92,7 @@ def scores(
     x, a, b = (np.log(t) if c.log else np.asarray(t, float) for t in (v, best, worst))
     return np.ones(len(v)) if a == b else np.clip((x - b) / (a - b), 0, 1) + 0.0
 
-# %% ../../nbs/evaluate/85_selection.ipynb #se000016
+# %% ../../nbs/evaluate/85_selection.ipynb #se000017
 @dataclass(eq=False)
 class Selection:
     "Candidates, measured and scored."
@@ -116,14 +121,14 @@ class Selection:
         how = ", ".join(f"{html.escape(c.name)} {w:.0%} ({'target' if c.good is not None else 'min–max'}{', logarithmic' if c.log else ''})" for c, w in zip(self.criteria, self.weights, strict=True))
         return f"<p><b>{html.escape(self.winner)}</b>; weights: {how}</p>{html_table(self.table())}"
 
-# %% ../../nbs/evaluate/85_selection.ipynb #se000017
+# %% ../../nbs/evaluate/85_selection.ipynb #se000018
 def normalised(weights: ArrayLike) -> np.ndarray:
     "Weights that add up to one."
     w = np.asarray(weights, float)
     if w.ndim != 1 or not np.isfinite(w).all() or w.min() < 0 or w.sum() <= 0: raise BadInput(f"weights must be numbers ≥ 0, not all 0, got {weights!r}")
     return w / w.sum()
 
-# %% ../../nbs/evaluate/85_selection.ipynb #se000018
+# %% ../../nbs/evaluate/85_selection.ipynb #se000019
 def select(
     measured: Mapping[str, Mapping[str, float]],  # candidate → measurement → value
     criteria: Sequence[Criterion],
@@ -139,7 +144,7 @@ def select(
     values = np.array([[float(measured[n][c.name]) for c in criteria] for n in names])
     return Selection(tuple(criteria), names, values, np.column_stack([scores(v, c) for v, c in zip(values.T, criteria, strict=True)]), {n: w for n, w in why.items() if w})
 
-# %% ../../nbs/evaluate/85_selection.ipynb #se000022
+# %% ../../nbs/evaluate/85_selection.ipynb #se000023
 def sensitivity(
     s: Selection,
     around: float | None = None,  # None: uniform over the simplex; else a Dirichlet of this concentration around the stated weights (50: ± 0.07 at a weight of 0.5)
@@ -157,7 +162,7 @@ def sensitivity(
     rows: list[dict[str, Any]] = [{"candidate": n, "wins": float(wins[i]), "mean rank": float(ranks[:, i].mean()), "rank 5 %": float(np.quantile(ranks[:, i], 0.05)), "rank 95 %": float(np.quantile(ranks[:, i], 0.95))} for i, n in enumerate(s.candidates)]
     return Table(sorted(rows, key=lambda r: -r["wins"]))
 
-# %% ../../nbs/evaluate/85_selection.ipynb #se000026
+# %% ../../nbs/evaluate/85_selection.ipynb #se000027
 def weight_ranges(s: Selection) -> Table:
     "For each criterion: its weight, the range in which the winner stays, and who takes over outside."
     w, first, rows = s.weights, s.candidates.index(s.winner), Table()
@@ -176,7 +181,7 @@ def weight_ranges(s: Selection) -> Table:
         rows.append({"criterion": c.name, "weight": float(w[j]), "low": low, "high": high, "below": below, "above": above})
     return rows
 
-# %% ../../nbs/evaluate/85_selection.ipynb #se000030
+# %% ../../nbs/evaluate/85_selection.ipynb #se000031
 def reversals(s: Selection) -> Table:
     "Candidates whose absence changes the order of the others."
     rows = Table()
@@ -188,7 +193,7 @@ def reversals(s: Selection) -> Table:
         if order != [n for n in s.ranking if n != gone]: rows.append({"without": gone, "order": " > ".join(order), "winner changes": order[0] != next(n for n in s.ranking if n != gone)})
     return rows
 
-# %% ../../nbs/evaluate/85_selection.ipynb #se000034
+# %% ../../nbs/evaluate/85_selection.ipynb #se000035
 def pareto(
     values: ArrayLike,     # [candidates, criteria]
     better: Sequence[str], # "min" or "max" for each criterion
@@ -199,13 +204,13 @@ def pareto(
     no_worse, better_in_one = (v[:, None] <= v[None]).all(axis=2), (v[:, None] < v[None]).any(axis=2)
     return ~(no_worse & better_in_one).any(axis=0)
 
-# %% ../../nbs/evaluate/85_selection.ipynb #se000035
+# %% ../../nbs/evaluate/85_selection.ipynb #se000036
 def frontier(s: Selection) -> list[str]:
     "The candidates on the efficient frontier, best total first."
     there = pareto(s.values, [c.better for c in s.criteria])
     return [n for n in s.ranking if there[s.candidates.index(n)]]
 
-# %% ../../nbs/evaluate/85_selection.ipynb #se000038
+# %% ../../nbs/evaluate/85_selection.ipynb #se000039
 def frontier_plot(
     s: Selection,
     x: str,  # a criterion, e.g. "seconds"
@@ -228,7 +233,7 @@ def frontier_plot(
     ax.margins(0.15)
     return ax
 
-# %% ../../nbs/evaluate/85_selection.ipynb #se000041
+# %% ../../nbs/evaluate/85_selection.ipynb #se000042
 def radar(
     s: Selection,
     most: int = 5,           # candidates, best first
@@ -250,7 +255,12 @@ def radar(
     ax.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1.15, 0.5))
     return ax
 
-# %% ../../nbs/evaluate/85_selection.ipynb #se000044
+# %% ../../nbs/evaluate/85_selection.ipynb #se000045
+def simplex_grid(steps: int) -> np.ndarray:  # [points, 3]
+    "Weights of three criteria that add up to one, in equal steps."
+    return np.array([(i, j, steps - i - j) for i in range(steps + 1) for j in range(steps + 1 - i)]) / steps
+
+# %% ../../nbs/evaluate/85_selection.ipynb #se000046
 def simplex_plot(
     s: Selection,
     names: Sequence[str],  # three criteria; the others keep weight 0
@@ -261,7 +271,7 @@ def simplex_plot(
     from matplotlib.lines import Line2D
     at = [[c.name for c in s.criteria].index(pick(n, [c.name for c in s.criteria], "criterion")) for n in names]
     if len(set(at)) != 3: raise BadInput(f"three different criteria are needed, got {list(names)}")
-    grid = np.array([(i, j, steps - i - j) for i in range(steps + 1) for j in range(steps + 1 - i)]) / steps
+    grid = simplex_grid(steps)
     corners = np.array([[0, 0], [1, 0], [0.5, np.sqrt(3) / 2]])
     ax, winner = axes(ax, size=(4.8, 3.8)), np.argmax(grid @ s.scores[:, at].T, axis=1)
     ax.scatter((grid @ corners)[:, 0], (grid @ corners)[:, 1], c=np.array(list(COLOURS.values()))[winner % len(COLOURS)], s=14, marker="h", linewidth=0)
