@@ -38,12 +38,13 @@ from ..run.figures import ELEMENTS
 from ..run.results import html_table
 
 # %% auto #0
-__all__ = ['Found', 'GAMES', 'INSIDE', 'METHODS', 'Attribution', 'attribution_html', 'Parts', 'Game', 'occlusion', 'shapley',
-           'lime', 'kernel_shap', 'input_embedding', 'replaced', 'Network', 'integrated_gradients', 'gradient_input',
-           'rollout', 'connected', 'molecule_parts', 'token_parts', 'element_parts', 'parts_of', 'keep_atoms',
-           'keep_elements', 'answers', 'removal_game', 'DescriptorModel', 'column_atoms', 'column_game', 'tree_shap',
-           'network_attribution', 'descriptor_attribution', 'outside_attribution', 'explain', 'mean_attribution',
-           'explain_all', 'mean_embedding', 'cascade', 'rank_correlation', 'randomisation_check', 'hits']
+__all__ = ['Found', 'DECADES', 'Stretch', 'GAMES', 'INSIDE', 'METHODS', 'Attribution', 'attribution_html', 'Parts', 'Game',
+           'occlusion', 'shapley', 'lime', 'kernel_shap', 'input_embedding', 'replaced', 'Network', 'along_stretches',
+           'integrated_gradients', 'gradient_input', 'rollout', 'connected', 'molecule_parts', 'token_parts',
+           'element_parts', 'parts_of', 'keep_atoms', 'keep_elements', 'answers', 'removal_game', 'DescriptorModel',
+           'column_atoms', 'column_game', 'tree_shap', 'network_attribution', 'descriptor_attribution',
+           'outside_attribution', 'explain', 'mean_attribution', 'explain_all', 'mean_embedding', 'cascade',
+           'rank_correlation', 'randomisation_check', 'hits']
 
 # %% ../../nbs/explain/95_attribution.ipynb #e95a0005
 @dataclass(frozen=True, eq=False)
@@ -230,6 +231,17 @@ class Network:
         binary = self.predictor.task.outputs[self.output].kind == "binary"
         return (self.predictor.raw(batch) if binary else self.predictor(batch))[:, self.output]
 
+    def both_ends(self) -> tuple[float, float]:
+        "With everything and with nothing."
+        nothing, whole = self.along(np.array([0.0, 1.0])).tolist()
+        return whole, nothing
+
+    def along(self, places: np.ndarray) -> np.ndarray:  # on the path from the baseline, [m] in 0…1 -> [m]
+        def change(e: Tensor) -> Tensor:
+            base = self.missing(e)
+            return base + torch.from_numpy(places).to(e).repeat_interleave(len(e) // len(places))[:, None] * (e - base)
+        with torch.no_grad(), replaced(self.table, change): return self.ask(self.batch(len(places))).double().numpy()
+
     def missing(self, e: Tensor) -> Tensor: return torch.zeros_like(e) if self.base is None else self.base.to(e).expand_as(e)
 
     def answer(self, keep: np.ndarray, at_once: int = 128) -> np.ndarray:  # rows that are there, [m, R] bool -> [m]
@@ -253,34 +265,53 @@ class Network:
         return kept["step"].unflatten(0, (len(along), -1))[0], grad.unflatten(0, (len(along), -1))
 
 # %% ../../nbs/explain/95_attribution.ipynb #e95a0027
+DECADES = (0.0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the path from the baseline, to begin with
+Stretch = tuple[float, float, float, float]          # of the path: begin and end, answers there
+
+def along_stretches(
+    network: Network,
+    stretches: Sequence[Stretch],
+    points: int,
+) -> tuple[np.ndarray, np.ndarray]:  # [s, R]; [s]
+    "Integrals of the gradient times the step over each stretch, and what they lack of the change of the answer."
+    at, weight = np.polynomial.legendre.leggauss(points)
+    ends = np.array([s[:2] for s in stretches])
+    long = np.diff(ends, axis=1)
+    step, grad = network.slopes(torch.from_numpy((ends[:, :1] + long * (at + 1) / 2).ravel()).float())
+    each = torch.einsum("mrd,rd->mr", grad.double(), step.double()).numpy().reshape(len(stretches), points, -1)
+    values = np.einsum("sp,spr->sr", long * weight / 2, each)
+    return values, np.array([b - a for *_, a, b in stretches]) - values.sum(1)
+
+# %% ../../nbs/explain/95_attribution.ipynb #e95a0028
 def integrated_gradients(
     network: Network,
     tolerance: float = 0.01,  # gap that is small enough, as a share of the sum of absolute values
-    steps: int = 16,          # points to begin with
-    most: int = 256,          # points at most
-    power: float = 4.0,       # how much the points crowd at the baseline; 1: not at all
+    points: int = 4,          # in each stretch of the path
+    most: int = 400,          # points of all stretches
 ) -> Found:
     "Integral of the gradient along the straight path from the baseline, for every row of the input."
-    rows = len(network.slopes(torch.ones(1))[0])
-    value, baseline = network.answer(np.array([np.ones(rows, bool), np.zeros(rows, bool)])).tolist()
+    answers = network.along(np.array(DECADES)).tolist()
+    todo: list[Stretch] = [(*e, *f) for e, f in zip(pairwise(DECADES), pairwise(answers), strict=True)]
+    used, kept, done = 0, np.zeros(0), list[tuple[Stretch, np.ndarray, float]]()
     while True:
-        points, weights = np.polynomial.legendre.leggauss(steps)
-        s = (points + 1) / 2
-        step, grad = network.slopes(torch.from_numpy(s ** power).float())
-        share = torch.from_numpy(weights / 2 * power * s ** (power - 1))
-        values = (torch.einsum("m,mrd->rd", share, grad.double()) * step.double()).sum(-1).numpy()
-        gap = abs(value - baseline - values.sum())
-        if gap <= tolerance * max(np.abs(values).sum(), 1e-6) or steps * 2 > most: return values, value, baseline, {"steps": steps}
-        steps *= 2
+        done += zip(todo, *along_stretches(network, todo, points), strict=True)
+        used, kept = used + points * len(todo), np.sum([v for _, v, _ in done], axis=0)
+        enough = tolerance * max(float(np.abs(kept).sum()), 1e-6)
+        bad = [d for d in done if abs(d[2]) > enough / len(done)]
+        if sum(abs(g) for *_, g in done) <= enough or used + 2 * points * len(bad) > most: break
+        done = [d for d in done if abs(d[2]) <= enough / len(done)]
+        middle = network.along(np.array([(a + b) / 2 for (a, b, *_), *_ in bad])).tolist()
+        todo = [s for ((a, b, fa, fb), *_), m in zip(bad, middle, strict=True) for s in ((a, (a + b) / 2, fa, m), ((a + b) / 2, b, m, fb))]
+    return kept, answers[-1], answers[0], {"points": used}
 
-# %% ../../nbs/explain/95_attribution.ipynb #e95a0028
+# %% ../../nbs/explain/95_attribution.ipynb #e95a0029
 def gradient_input(network: Network) -> Found:
     "Gradient at the input times what the input adds to the baseline; the first term of a Taylor series."
     step, grad = network.slopes(torch.ones(1))
-    value, baseline = network.answer(np.array([np.ones(len(step), bool), np.zeros(len(step), bool)])).tolist()
+    value, baseline = network.both_ends()
     return (step * grad[0]).sum(-1).double().numpy(), value, baseline, {}
 
-# %% ../../nbs/explain/95_attribution.ipynb #e95a0030
+# %% ../../nbs/explain/95_attribution.ipynb #e95a0031
 def _seen_by(module: nn.Module, args: tuple[Any, ...]) -> Tensor:  # [n, n], rows add up to one
     "What an attention module gives to each part when it looks from each, averaged over its heads."
     if isinstance(module, Attention):
@@ -298,7 +329,7 @@ def _seen_by(module: nn.Module, args: tuple[Any, ...]) -> Tensor:  # [n, n], row
     weight = softmax_scatter(module.score(score), i, len(h)).mean(-1)                         # type: ignore[operator]
     return h.new_zeros(len(h), len(h)).index_put((i, j), weight, accumulate=True)
 
-# %% ../../nbs/explain/95_attribution.ipynb #e95a0031
+# %% ../../nbs/explain/95_attribution.ipynb #e95a0032
 def rollout(network: Network) -> Found:
     "Share of each row of the input in the embedding, through all layers of attention; adds up to one."
     maps: list[Tensor] = []
@@ -317,7 +348,7 @@ def rollout(network: Network) -> Found:
     share = share[1:] if isinstance(looks[0], BiasedAttention) else share                     # the token before the atoms is no part
     return (share / share.sum()).double().numpy(), value, math.nan, {"layers": len(maps)}
 
-# %% ../../nbs/explain/95_attribution.ipynb #e95a0033
+# %% ../../nbs/explain/95_attribution.ipynb #e95a0034
 _ATOMS = re.compile(r"\[[^\]]*\]|Cl|Br|[BCNOPSFIbcnops*]")
 
 def connected(mol: Any, label: np.ndarray) -> list[tuple[int, ...]]:  # label: of each atom, [n]
@@ -335,7 +366,7 @@ def connected(mol: Any, label: np.ndarray) -> list[tuple[int, ...]]:  # label: o
         out.append(tuple(sorted(part)))
     return out
 
-# %% ../../nbs/explain/95_attribution.ipynb #e95a0034
+# %% ../../nbs/explain/95_attribution.ipynb #e95a0035
 def molecule_parts(smiles: str, by: str = "atoms") -> Parts:  # by: "atoms" or "groups"
     "Atoms, or functional groups, of a molecule; rows are its atoms."
     mol = read_molecule(smiles)
@@ -345,7 +376,7 @@ def molecule_parts(smiles: str, by: str = "atoms") -> Parts:  # by: "atoms" or "
     names = [GROUPS[name[s[0]]].name if name[s[0]] >= 0 else "other" for s in sets] if by == "groups" else [f"{symbols[a]}{a}" for a in range(n)]
     return Parts(by, tuple(names), tuple(sets), tuple(sets), n)
 
-# %% ../../nbs/explain/95_attribution.ipynb #e95a0035
+# %% ../../nbs/explain/95_attribution.ipynb #e95a0036
 def token_parts(representation: Any, smiles: str, by: str = "tokens") -> Parts:  # by: "tokens", "atoms" or "groups"
     "Tokens of a SMILES; or its atoms or groups, with the tokens that spell no atom as parts of their own."
     texts, n = representation.tokens(smiles), read_molecule(smiles).GetNumAtoms()
@@ -365,7 +396,7 @@ def token_parts(representation: Any, smiles: str, by: str = "tokens") -> Parts: 
     return Parts(by, (*(whole.names[k] for k in there), *(names[i] for i in rest)), (*(tuple(rows[k]) for k in there), *((i,) for i in rest)),
                  (*(whole.members[k] for k in there), *(() for _ in rest)), n)
 
-# %% ../../nbs/explain/95_attribution.ipynb #e95a0036
+# %% ../../nbs/explain/95_attribution.ipynb #e95a0037
 def element_parts(numbers: np.ndarray, by: str = "sites") -> Parts:  # by: "sites" or "elements"
     "Sites of a cell, or all sites of each element together."
     symbols = [ELEMENTS[z - 1] for z in np.asarray(numbers).tolist()]
@@ -373,7 +404,7 @@ def element_parts(numbers: np.ndarray, by: str = "sites") -> Parts:  # by: "site
     sets: list[tuple[int, ...]] = [(i,) for i in range(len(symbols))] if by == "sites" else [tuple(i for i, s in enumerate(symbols) if s == e) for e in names]
     return Parts(by, tuple(names), tuple(sets), tuple(sets), len(symbols))
 
-# %% ../../nbs/explain/95_attribution.ipynb #e95a0037
+# %% ../../nbs/explain/95_attribution.ipynb #e95a0038
 def parts_of(
     representation: Any,
     structure: Any,
@@ -387,7 +418,7 @@ def parts_of(
     if "amounts" in item: return element_parts(item["numbers"], pick(by or "elements", ["elements"], "division (by)")), structure if isinstance(structure, str) else structure.formula
     raise BadInput(f"items of {type(representation).__name__} have no parts to attribute to; use a DescriptorModel")
 
-# %% ../../nbs/explain/95_attribution.ipynb #e95a0041
+# %% ../../nbs/explain/95_attribution.ipynb #e95a0042
 def keep_atoms(
     mol: Any,          # an RDKit molecule
     keep: np.ndarray,  # [n] bool
@@ -409,13 +440,13 @@ def keep_atoms(
         except Exception as e: raise BadInput(f"{Chem.MolToSmiles(mol)} cannot lose atoms {gone}: {e}") from e
     return str(Chem.MolToSmiles(edit))
 
-# %% ../../nbs/explain/95_attribution.ipynb #e95a0042
+# %% ../../nbs/explain/95_attribution.ipynb #e95a0043
 def keep_elements(amounts: Mapping[str, float], keep: np.ndarray) -> str:
     "Formula of what is left when elements are taken out."
     if not keep.any(): raise BadInput("a composition without elements has no prediction; this method needs one: choose occlusion or lime")
     return "".join(f"{s}{v:.6g}" for (s, v), k in zip(amounts.items(), keep, strict=True) if k)
 
-# %% ../../nbs/explain/95_attribution.ipynb #e95a0043
+# %% ../../nbs/explain/95_attribution.ipynb #e95a0044
 def answers(
     model: Any,           # has `predict(records)`, or is a function of a list of structures
     structures: Sequence[Any],
@@ -431,13 +462,13 @@ def answers(
     if np.isnan(p).any(): raise BadInput(f"the model has no prediction for {structures[int(np.flatnonzero(np.isnan(p))[0])]!r}")
     return np.log(np.clip(p, 1e-6, 1) / np.clip(1 - p, 1e-6, 1)) if chosen.kind == "binary" else p
 
-# %% ../../nbs/explain/95_attribution.ipynb #e95a0044
+# %% ../../nbs/explain/95_attribution.ipynb #e95a0045
 def _output(model: Any, name: str) -> Any:
     "The named output of a model's task; the first if there is no name."
     outputs = {o.name: o for o in model.task.outputs}
     return outputs[pick(name, outputs, "output")] if name else next(iter(outputs.values()))
 
-# %% ../../nbs/explain/95_attribution.ipynb #e95a0045
+# %% ../../nbs/explain/95_attribution.ipynb #e95a0046
 def removal_game(model: Any, structure: str, by: str = "", output: str = "", domain: str = "molecule") -> Game:
     "Parts of a molecule or formula, and a model's answers when some are taken out of it."
     if domain == "molecule":
@@ -449,7 +480,7 @@ def removal_game(model: Any, structure: str, by: str = "", output: str = "", dom
         write = lambda rows: keep_elements(amounts, rows)
     return Game(parts, lambda keep: answers(model, [write(r) for r in parts.by_row(keep)], output, domain))
 
-# %% ../../nbs/explain/95_attribution.ipynb #e95a0049
+# %% ../../nbs/explain/95_attribution.ipynb #e95a0050
 @dataclass(eq=False)
 class DescriptorModel:
     "A predictor on a matrix, what makes the matrix's rows, and rows to compare with."
@@ -471,7 +502,7 @@ class DescriptorModel:
     def names(self) -> Sequence[str]:
         return self.representation.names if self.representation is not None else [f"column {i}" for i in range(self.background.shape[1])]
 
-# %% ../../nbs/explain/95_attribution.ipynb #e95a0050
+# %% ../../nbs/explain/95_attribution.ipynb #e95a0051
 def column_atoms(representation: Any, structure: Any) -> tuple[dict[int, tuple[int, ...]], int]:
     "Atoms behind the columns of functional groups or circular fingerprints, and how many atoms there are; none for others."
     if isinstance(representation, FunctionalGroups):
@@ -487,7 +518,7 @@ def column_atoms(representation: Any, structure: Any) -> tuple[dict[int, tuple[i
         out[bit] = tuple(x for (a, _), bs in zip(places, bonds, strict=True) for x in sorted({a, *(i for b in bs for i in (b.GetBeginAtomIdx(), b.GetEndAtomIdx()))}))
     return out, mol.GetNumAtoms()
 
-# %% ../../nbs/explain/95_attribution.ipynb #e95a0051
+# %% ../../nbs/explain/95_attribution.ipynb #e95a0052
 def column_game(model: DescriptorModel, structure: Any) -> Game:
     "Columns that differ from the background, and the answer averaged over it where some are missing."
     x, back = model.row(structure), np.asarray(model.background, float)
@@ -500,7 +531,7 @@ def column_game(model: DescriptorModel, structure: Any) -> Game:
         return model.ask(rows.reshape(-1, len(x))).reshape(len(keep), -1).mean(1)
     return Game(parts, ask)
 
-# %% ../../nbs/explain/95_attribution.ipynb #e95a0052
+# %% ../../nbs/explain/95_attribution.ipynb #e95a0053
 def tree_shap(model: DescriptorModel, structure: Any, game: Game) -> Found:
     "Shapley values of the game's columns, computed inside the trees by the shap package."
     shap, x = require("shap", "explain"), model.row(structure)
@@ -510,7 +541,7 @@ def tree_shap(model: DescriptorModel, structure: Any, game: Game) -> Found:
     used = np.flatnonzero((np.asarray(model.background, float) != x).any(0))
     return values[used], float(model.ask(x[None])[0]), float(base), {"columns": len(used)}
 
-# %% ../../nbs/explain/95_attribution.ipynb #e95a0056
+# %% ../../nbs/explain/95_attribution.ipynb #e95a0057
 GAMES: dict[str, Callable[..., Found]] = {"occlusion": occlusion, "shapley": shapley, "kernel_shap": kernel_shap, "lime": lime}
 INSIDE: dict[str, Callable[..., Found]] = {"integrated_gradients": integrated_gradients, "gradient_input": gradient_input, "rollout": rollout}
 METHODS = (*INSIDE, *GAMES, "tree_shap")
@@ -527,7 +558,7 @@ def network_attribution(model: Model, structure: Any, method: str, by: str, outp
     unit = "" if method == "rollout" else "log-odds" if chosen.kind == "binary" else chosen.unit
     return Attribution(method, parts.kind, parts.names, values, value, baseline, chosen.name, unit, drawn, parts.members, parts.size, info)
 
-# %% ../../nbs/explain/95_attribution.ipynb #e95a0057
+# %% ../../nbs/explain/95_attribution.ipynb #e95a0058
 def descriptor_attribution(model: DescriptorModel, structure: Any, method: str, by: str, options: Mapping[str, Any]) -> Attribution:
     "Explain a predictor on a matrix: by its columns, or by removing atoms or groups."
     by = pick(by or "columns", ["columns", "atoms", "groups"], "division (by)")
@@ -537,7 +568,7 @@ def descriptor_attribution(model: DescriptorModel, structure: Any, method: str, 
     p = game.parts
     return Attribution(method, p.kind, p.names, values, value, baseline, model.output, model.unit, structure if model.representation is not None else None, p.members, p.size, info)
 
-# %% ../../nbs/explain/95_attribution.ipynb #e95a0058
+# %% ../../nbs/explain/95_attribution.ipynb #e95a0059
 def outside_attribution(model: Any, structure: Any, method: str, by: str, output: str, options: Mapping[str, Any]) -> Attribution:
     "Explain a model that can only be asked, by removing parts of the structure."
     domain = getattr(getattr(model, "reader", None), "domain", "molecule")
@@ -547,7 +578,7 @@ def outside_attribution(model: Any, structure: Any, method: str, by: str, output
     unit = "" if chosen is None else "log-odds" if chosen.kind == "binary" else chosen.unit
     return Attribution(method, p.kind, p.names, values, value, baseline, chosen.name if chosen else "", unit, structure, p.members, p.size, info)
 
-# %% ../../nbs/explain/95_attribution.ipynb #e95a0059
+# %% ../../nbs/explain/95_attribution.ipynb #e95a0060
 def explain(
     model: Any,                  # a fine-tuned `Model` or `Ensemble`, a `Stacked`, a `DescriptorModel`, or a function of a list of structures
     structure: Any,              # SMILES, a `Crystal`, a formula; a row for a `DescriptorModel` without representation
@@ -567,13 +598,13 @@ def explain(
     if isinstance(model, DescriptorModel): return descriptor_attribution(model, structure, method, by, options)
     return outside_attribution(model, structure, method, by, output, options)
 
-# %% ../../nbs/explain/95_attribution.ipynb #e95a0060
+# %% ../../nbs/explain/95_attribution.ipynb #e95a0061
 def mean_attribution(each: Sequence[Attribution]) -> Attribution:
     "The mean of several models' attributions to the same parts."
     if not each: raise BadInput("no attributions to average")
     return replace(each[0], values=np.mean([a.values for a in each], axis=0), value=float(np.mean([a.value for a in each])), baseline=float(np.mean([a.baseline for a in each])), info={"members": len(each)})
 
-# %% ../../nbs/explain/95_attribution.ipynb #e95a0061
+# %% ../../nbs/explain/95_attribution.ipynb #e95a0062
 def explain_all(
     model: Any,
     records: Records,
@@ -590,7 +621,7 @@ def explain_all(
             bad.append((records.ids[i], i, structure, str(e)))
     return out, Rejected(bad)
 
-# %% ../../nbs/explain/95_attribution.ipynb #e95a0062
+# %% ../../nbs/explain/95_attribution.ipynb #e95a0063
 @torch.no_grad()
 def mean_embedding(model: Model, structures: Iterable[Any]) -> Tensor:  # [d]
     "The mean input vector over the parts of some structures: a baseline that looks like nothing in particular, but like a part."
@@ -603,7 +634,7 @@ def mean_embedding(model: Model, structures: Iterable[Any]) -> Tensor:  # [d]
     if not kept: raise BadInput("the mean embedding needs at least one structure")
     return torch.cat(kept).mean(0)
 
-# %% ../../nbs/explain/95_attribution.ipynb #e95a0069
+# %% ../../nbs/explain/95_attribution.ipynb #e95a0070
 def cascade(
     model: Model,
     seed: int = 0,  # of the fresh weights
@@ -622,14 +653,14 @@ def cascade(
                 if layers[name] == layer: p.copy_(fresh[name])
         yield f"layer {layer}", replace(model, predictor=copy.deepcopy(predictor))
 
-# %% ../../nbs/explain/95_attribution.ipynb #e95a0070
+# %% ../../nbs/explain/95_attribution.ipynb #e95a0071
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
     "Spearman's; 0 where one of them does not vary, for then it says nothing about the other."
     from scipy.stats import spearmanr
     if len(a) < 3: raise BadInput(f"a rank correlation needs three parts, got {len(a)}")
     return 0.0 if np.ptp(a) < 1e-12 or np.ptp(b) < 1e-12 else float(spearmanr(a, b).statistic)
 
-# %% ../../nbs/explain/95_attribution.ipynb #e95a0071
+# %% ../../nbs/explain/95_attribution.ipynb #e95a0072
 def randomisation_check(
     model: Model,
     structures: Sequence[Any],  # of three parts or more
@@ -647,7 +678,7 @@ def randomisation_check(
                 rows.append({"stage": stage, "depth": depth, "seed": seed, "structure": i, "rho": rank_correlation(v, now), "rho_abs": rank_correlation(abs(v), abs(now))})
     return rows
 
-# %% ../../nbs/explain/95_attribution.ipynb #e95a0072
+# %% ../../nbs/explain/95_attribution.ipynb #e95a0073
 def hits(
     values: np.ndarray,  # of the atoms or sites, [n]
     truth: np.ndarray,   # which of them the rule is about, [n] bool; neither all nor none
