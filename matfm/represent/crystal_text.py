@@ -193,7 +193,7 @@ PROTOTYPES: dict[tuple[int, tuple[tuple[int, int], ...]], str] = {  # space grou
 class Site(NamedTuple):
     "A kind of site: its element, how many of them the primitive cell has, its shape, and distances to each element around it."
     number: int
-    count: int
+    copies: int
     shape: str
     around: tuple[tuple[int, tuple[float, ...]], ...]  # atomic number; sorted distances, Å
 
@@ -218,7 +218,7 @@ def sites_of(
     "The kinds of sites, by element; of sites that are equal but for noise the first in order speaks for all."
     each = [_site(k, numbers, bonds) for k in range(len(numbers))]
     groups = [[each[k] for k in np.flatnonzero(orbits == o)] for o in np.unique(orbits)]
-    return tuple(sorted(min(g)._replace(count=len(g)) for g in groups))
+    return tuple(sorted(min(g)._replace(copies=len(g)) for g in groups))
 
 # %% ../../nbs/represent/49_crystal_text.ipynb #49c00023
 @dataclass(frozen=True)
@@ -242,8 +242,8 @@ class CrystalFacts:
     @property
     def prototype(self) -> str:
         "Name of the structure type; empty if it is none of `PROTOTYPES`."
-        common = gcd(*(s.count for s in self.sites))
-        return PROTOTYPES.get((self.group, tuple(sorted((s.count // common, s.degree) for s in self.sites))), "")
+        common = gcd(*(s.copies for s in self.sites))
+        return PROTOTYPES.get((self.group, tuple(sorted((s.copies // common, s.degree) for s in self.sites))), "")
 
 # %% ../../nbs/represent/49_crystal_text.ipynb #49c00024
 AMU = 1.66053906660  # g/cm³ of one u/Å³
@@ -274,7 +274,7 @@ def site_sentence(
     site: Site,
 ) -> str:
     "What surrounds a kind of site."
-    who = f"{SYMBOLS[site.number]} (one site)" if site.count == 1 else f"{SYMBOLS[site.number]} ({in_words(site.count)} equal sites)"
+    who = f"{SYMBOLS[site.number]} (one site)" if site.copies == 1 else f"{SYMBOLS[site.number]} ({in_words(site.copies)} equal sites)"
     ends = [f"{in_words(len(d))} {SYMBOLS[z]} at {_span_text(d)}" for z, d in site.around]
     return f"{who} has {in_words(site.degree)} neighbours in {site.shape} geometry: {' and '.join(ends)}."
 
