@@ -162,7 +162,8 @@ class Shipped:
     "matfm's own predictors under the call of the baselines."
     on_records = True
     def __init__(self, name: str, kind: str = "regression", epochs: int = 30, seed: int = 0):
-        self.name, self.kind, self.config = name, kind, {"name": name, "kind": kind, "epochs": epochs, "seed": seed}
+        self.name, self.kind = name, kind
+        self.config: dict[str, Any] = {"name": name, "kind": kind, "epochs": epochs, "seed": seed}
 
     def fit(self, records: Records, target: str) -> Shipped:
         self.target = target
