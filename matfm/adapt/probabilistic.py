@@ -13,7 +13,7 @@ import json
 import math
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .finetune import MODEL_FIELDS, Ensemble, FinetuneSpec, Labelled, Model, Ready, as_vectors, embed_items, finetune_module, label, save_ensemble
+from .finetune import MODEL_FIELDS, Ensemble, FinetuneSpec, Labelled, Model, Ready, as_vectors, embed_items, finetune_module, label
 from .stacked import Stacked
 from ..core import BadInput, Batch, Encoded, Item, atomic_write, pick
 from ..data.loading import BatchPlan, Loader, featurise, sizes_of

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 
 from ..core import BadInput, Spec, pick
 from .baselines import squared_distance
-from .metrics import auroc, mae, paired, spearman
+from .metrics import auroc, paired, spearman
 from .uncertainty import SplitConformal, conformal_rank, coverage, share
 from ..run.figures import COLOURS, axes
 from ..run.results import Metric
