@@ -46,7 +46,6 @@ SMOKE = {
     "e41_infomax": dict(limit=60, steps=2, pool_limit=120, n_test=20, sizes="20", seeds=2),
     "e43_physics": dict(limit=60, steps=2, pool_limit=120, n_test=20, sizes="20", seeds=2, arms="symmetry"),
     "e50_protocols": dict(sets="esol matbench_steels", limit=40, small=40, seeds=1, trees=4, folds=2),
-    "e54_selection": dict(sets="esol", limit=24, folds=2, epochs=1, trees=3, members="kernel"),
     "e45_ood": dict(limit=40, n_train=25, trees=5, sets="dielectric_constant:n", criteria="chemsys", contenders="stacked forest", outer=4),
     "e52_qspr_antimalarials": dict(models="mlr", simulations=10, external=30),
     "e53_malaria": dict(limit=120, rows=80, potency=0, models="avalon_forest qspr_mlr", trees=5, repeats=1, seeds=2),
