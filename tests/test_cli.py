@@ -15,7 +15,7 @@ from matfm.run.results import ExperimentSpec, Metric, Result
 
 shell = CliRunner()
 GROUPS = [[], ["run"], ["pretrain"], ["finetune"], ["predict"], ["models"], ["card"], ["site"], ["lab"], ["runs"], ["runs", "list"], ["runs", "show"],
-          ["runs", "compare"], ["data"], ["data", "list"], ["data", "get"], ["data", "card"], ["data", "read"]]
+          ["runs", "compare"], ["bench"], ["data"], ["data", "list"], ["data", "get"], ["data", "card"], ["data", "read"]]
 
 
 def matfm(*arguments, code=0):
@@ -99,6 +99,12 @@ def test_a_report_compares_methods_over_data_sets(space):
     page = (space / "out.html").read_text()
     assert page.count("<img") == 2 and "left out: c: only 1 of 3 data sets" in page
     assert "give --metric" in matfm(*compare, code=2).stderr
+
+
+def test_benchmarks_are_listed_and_a_wrong_name_is_told(space):
+    assert "molecules-small" in matfm("bench").stdout
+    for arguments, message in [(["quick"], "give --model"), (["quik", "--model", "dummy"], "did you mean 'quick'"), (["quick", "--model", "dummy", "--set", "esol"], "unknown set 'esol'")]:
+        assert message in matfm("bench", *arguments, code=2).stderr
 
 
 def test_data_and_cards(space):

@@ -26,7 +26,8 @@ __all__ = ['app', 'runs_app', 'data_app', 'Names', 'Given', 'Preset', 'Jobs', 'W
            'Formula', 'Cif', 'Out', 'Start', 'Model', 'Split', 'Target', 'Unit', 'TableFile', 'MOST_CRYSTALS', 'Budget',
            'LIGHT', 'NETWORK_ONLY', 'Commands', 'group', 'root', 'metric_table', 'run', 'runs_list', 'runs_show',
            'runs_compare', 'data_list', 'data_get', 'data_card', 'data_read', 'pretrain', 'wants_network',
-           'check_descriptors', 'finetune', 'predict', 'checkpoint_folder', 'models', 'card', 'site', 'lab', 'main']
+           'check_descriptors', 'finetune', 'predict', 'checkpoint_folder', 'bench', 'models', 'card', 'site', 'lab',
+           'main']
 
 # %% ../../nbs/app/99_cli.ipynb #2d7e5c92
 class Commands(TyperGroup):
@@ -399,6 +400,26 @@ def checkpoint_folder(
     data = Path(load_settings().root) / "data"
     known = {f.parent.name: f.parent for f in sorted(data.rglob("factsheet.json"))}
     return known[pick(str(name), known, "folder with a FactSheet")]
+
+# %% ../../nbs/app/99_cli.ipynb #be9c0002
+@app.command()
+def bench(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A benchmark; left out, all are listed.")] = None,
+    model: Annotated[str | None, typer.Option(help="A baseline, light, stacked, a checkpoint, or an encoder's name.")] = None,
+    label: Annotated[str, typer.Option(help="What tables call it.")] = "",
+    sets: Annotated[list[str] | None, typer.Option("--set", help="Only this set; may be given again.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the result, its FactSheet and the finished folds.")] = None,
+    strict: Annotated[bool, typer.Option(help="Refuse rows or splits that differ from the benchmark's.")] = True,
+) -> None:
+    "Run a model through a benchmark, beside the baselines."
+    from matfm.evaluate.benchmarks import BENCHMARKS, benchmark
+    from matfm.evaluate.benchmarks import bench as run_bench
+    if name is None: return _echo_table(Table({"name": b.name, "sets": len(b.entries), "hash": b.digest, "about": b.about} for b in BENCHMARKS.values()), "no benchmarks")
+    if model is None: raise BadInput("which model? give --model: a baseline, light, stacked, a checkpoint, or an encoder's name")
+    b = benchmark(name).only(*sets) if sets else benchmark(name)
+    report = run_bench(b, model, label, folder=out / "cells" if out else "", strict=strict)
+    typer.echo(report)
+    if out: typer.echo(f"result: {report.save(out)}")
 
 # %% ../../nbs/app/99_cli.ipynb #ddc9160e
 @app.command()

@@ -420,6 +420,11 @@ def _system_order(s: str) -> tuple[str, int, str]:
     return (m[1], int(m[2]), s) if m else ("~", 0, s)
 
 # %% ../../nbs/app/97_site.ipynb #9c32a47f
+def _board(results: Sequence[Result]) -> str:
+    "The leaderboard as a section."
+    from matfm.evaluate.benchmarks import leaderboard
+    return leaderboard(results).strip().replace("\n## ", "\n### ").replace("# Leaderboard", "## Leaderboard", 1)
+
 def results_page(
     results: Sequence[Result],
     pages: Sequence[Page] = (),  # to link the experiments
@@ -427,6 +432,8 @@ def results_page(
     "Results by the method they are evidence for; an experiment that serves several is shown once and linked from the others."
     out = ["# Results", "> What was measured, against which baseline, with intervals, on which machine, and what the original claimed."]
     if not results: out.append("No result has been committed yet. `matfm run` writes one; copied to `data/results/`, it appears here.")
+    boards, results = [r for r in results if r.spec.name == "bench"], [r for r in results if r.spec.name != "bench"]
+    if boards: out.append(_board(boards))
     by_name, titles = {p.doc.rpartition("/")[2]: p for p in pages}, dict[str, str]()
     systems = sorted({s for r in results for s in r.systems}, key=_system_order)
     for s in [*systems, "Other"]:

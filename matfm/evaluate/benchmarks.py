@@ -29,6 +29,7 @@ from ..registry import NameTable, baselines
 from ..run.figures import COLOURS, axes
 from ..run.results import ExperimentSpec, Metric, Result, Table, code_version, hardware, html_table, versions
 from ..run.sheets import FactSheet, energy_note
+from ..run.space import space_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -210,6 +211,7 @@ class Report:
     rows: Table = field(default_factory=Table)        # one for each set and model
     failed: dict[str, str] = field(default_factory=dict)  # set → why nothing could be measured
     digests: dict[str, str] = field(default_factory=dict)
+    space: dict[str, str] = field(default_factory=dict)    # set → what its rows cover
     seconds: float = 0.0
     started: str = ""
 
@@ -268,6 +270,7 @@ def bench(
         others = [o for o in (beside(records.domain) if against is None else against) if o != label]
         run = run_protocol(made, records, {label: mine, **{o: o for o in others}}, entry.target, entry.metric, sees, folder=Path(folder) / entry.name.replace("/", "_") if folder else "")
         report.runs[entry.name], report.digests[records.name or entry.data] = run, records.digest
+        report.space[entry.name] = "; ".join(space_of(records).lines()[:3])
         report.rows += set_rows(run, entry)
     report.seconds = time.perf_counter() - begun
     lost = [r["error"] for r in report.rows if r["model"] == label and r["value"] is None]
@@ -324,7 +327,7 @@ def report_sheet(report: Report) -> FactSheet:
     splits = "; ".join(f"{e.name}: {e.protocol.folds if not e.protocol.column else 'published'} folds by {e.protocol.column or e.protocol.by} (pin {e.pin or 'none'})" for e in b.entries[:8])
     mine = [Metric(r["metric"], r["value"], r["low"], r["high"], r["n"], r["unit"], {"dataset": r["set"], "model": r["model"]}) for r in report.rows]
     limits = ["intervals speak of other rows, not of another training or another choice of settings", *(f"{k} was not measured: {v}" for k, v in report.failed.items()), *(f"{r['set']}: {r['failed']} folds of {r['model']} failed" for r in report.rows if r["failed"])]
-    return FactSheet(kind="result", name=f"{report.label} on {b.name}", summary=f"{report.label} ({report.settings}) on the benchmark {b.name}. {b.about}".strip(), data=[f"{s.name}: {s.rows:,} rows, {s.citation or s.source or 'see the catalogue'}" for s in used.values()], splits=splits, metrics=mine,
+    return FactSheet(kind="result", name=f"{report.label} on {b.name}", summary=f"{report.label} ({report.settings}) on the benchmark {b.name}. {b.about}".strip(), data=[f"{s.name}: {s.rows:,} rows, {s.citation or s.source or 'see the catalogue'}" for s in used.values()], space=[f"{k}: {v}" for k, v in report.space.items()], splits=splits, metrics=mine,
                      limits=limits, intended_use=["comparison of models on the same rows and folds"], risks=["settings that were tuned on these very folds make the figures too good"], licence="; ".join(sorted({s.licence or "unstated" for s in used.values()})),
                      citation="; ".join(sorted({s.citation or s.name for s in used.values()})), recipe=f'matfm.evaluate.benchmarks.bench("{b.name}", …)', energy=energy_note(report.seconds), provenance={"benchmark": f"{b.name} {b.digest}", **{f"data {k}": v for k, v in report.digests.items()}})
 
