@@ -55,7 +55,7 @@ def test_it_learns_and_says_who_did_the_work(model, table):
         rows = t.about["members"]
         assert [r["member"] for r in rows] == ["kernel", "boosting"] and np.isclose(t.weights.sum(), 1) and t.weights.min() >= 0
         assert all(r["error of all"] <= r["error without it"] * 1.05 for r in rows)
-    assert "logp (regression, 80 molecules): kernel" in repr(model) and "boosting" in model._repr_html_()
+    assert "logp (regression, 80 rows): kernel" in repr(model) and "boosting" in model._repr_html_()
     assert {m.name for m in model.evaluate(held)} >= {"rmse", "auroc"}
 
 

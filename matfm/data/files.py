@@ -334,7 +334,9 @@ def _number_guess(role: str, column: pl.Series, said: bool, unit: str | None, kn
     y, others = numbers_in(column)
     if unit is not None: why = "unit said by the caller"
     elif known is not None: unit, why = known, f"{known} by the file's format"
-    else: unit, why = ("", "yes or no") if set(y.tolist()) == {0.0, 1.0} else unit_in(column.name)
+    else:
+        unit, why = unit_in(column.name)
+        if not unit and set(y.tolist()) == {0.0, 1.0}: why = "yes or no"
     text = f", {len(others)} × text such as {others[0]!r}, which counts as missing" if others else ""
     return Guess(role, column.name, "said by the caller; " * said + f"numbers in {len(y)} of {len(column)} cells{text}; {why}", unit)
 

@@ -149,7 +149,8 @@ class CrystalGNN(nn.Module):
         return Encoded(pool(states, mask), states, mask)
 
     def can_fold(self, batch: Batch) -> bool:
-        "Not where sites that are alike may come to differ, by dropout, or distances are to be differentiated."
+        "Not where sites that are alike may come to differ, by dropout or a hook on their vectors, or distances are to be differentiated."
+        if self.element._forward_hooks: return False
         return len(batch["distance"]) > 0 and not batch["distance"].requires_grad and not (self.training and self.config["dropout"])
 
     @classmethod
