@@ -6,7 +6,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 
 from matfm.core import BadInput, ChecksumMismatch
 from matfm.evaluate import benchmarks as bm
-from matfm.evaluate.benchmarks import BENCHMARKS, Benchmark, Entry, bench, benchmark, leaderboard, model_for, pinned, standings
+from matfm.evaluate.benchmarks import BENCHMARKS, Benchmark, Entry, bench, benchmark, leaderboard, model_for, pinned, boards
 from matfm.evaluate.protocols import protocol
 from matfm.run.results import Result
 from matfm.run.sheets import FactSheet, problems, result_problems
@@ -48,7 +48,7 @@ def test_saved_report_is_complete(report, tmp_path):
     r = Result.load(tmp_path)
     assert r.spec.parameters["hash"] == TINY.digest and {m.tags["benchmark"] for m in r.metrics} == {"tiny"}
     page = leaderboard([r])
-    assert "## tiny" in page and "(current)" not in page and page.count("| Ridge ") == 1 and "Ridge" in next(iter(standings([r]).values()))
+    assert "## tiny" in page and "(current)" not in page and page.count("| Ridge ") == 1 and "Ridge" in next(iter(boards([r]).values()))
     assert leaderboard([r.replace(status="failed")]) == ""
 
 

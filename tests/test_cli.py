@@ -99,6 +99,9 @@ def test_a_report_compares_methods_over_data_sets(space):
     page = (space / "out.html").read_text()
     assert page.count("<img") == 2 and "left out: c: only 1 of 3 data sets" in page
     assert "give --metric" in matfm(*compare, code=2).stderr
+    only = matfm(*compare, "--metric", "mae", "--where", "seed=1").stdout
+    assert "0.51 *" in only and "0.505" not in only
+    assert "--where takes K=V, got 'seed'" in matfm(*compare, "--metric", "mae", "--where", "seed", code=2).stderr
 
 
 def test_benchmarks_are_listed_and_a_wrong_name_is_told(space):

@@ -195,11 +195,13 @@ def runs_show(run: Annotated[str, typer.Argument(help="A run's name, its digest,
     for text in (r.baselines, *r.claims, r.notes): typer.echo(text) if text else None
 
 # %% ../../nbs/app/99_cli.ipynb #6b78e43a
-def _standing(results: Any, metric: str | None, columns: str, rows: str | None, over: str, report: Path) -> None:
+def _standing(results: Any, metric: str | None, columns: str, rows: str | None, over: str, where: list[str], report: Path) -> None:
     "Methods by data sets, printed and as a page."
     from matfm.evaluate.result_tables import standings
     if metric is None: raise BadInput("--report needs one metric: give --metric")
-    found = standings(results, metric, method="model" if columns == "metric" else columns, over=rows or "dataset", repeats=["seed", "fold"] if over == "seed" else over.split(","))
+    if bad := [w for w in where if "=" not in w]: raise BadInput(f"--where takes K=V, got {bad[0]!r}")
+    found = standings(results, metric, method="model" if columns == "metric" else columns, over=rows or "dataset", repeats=["seed", "fold"] if over == "seed" else over.split(","),
+                      where=dict(w.split("=", 1) for w in where))
     typer.echo(found)
     typer.echo(f"report: {found.save(report)}")
 
@@ -213,10 +215,11 @@ def runs_compare(
     over: Annotated[str, typer.Option(help="Averaged over, e.g. seed,fold.")] = "seed",
     store: Where = None,
     report: Annotated[Path | None, typer.Option(help="Write an HTML page of one --metric: methods (--columns, else model) by data sets (--rows, else dataset), with tests, cautions and pictures.")] = None,
+    where: Annotated[list[str] | None, typer.Option(metavar="K=V", help="For --report: only metrics with this tag or parameter; may be given again.")] = None,
 ) -> None:
     "Lay the metrics of many runs side by side."
     from matfm.run.results import Store
-    if report is not None: return _standing(Store(store).results(name), metric, columns, rows, over, report)
+    if report is not None: return _standing(Store(store).results(name), metric, columns, rows, over, where or [], report)
     found = Store(store).compare(name, rows=rows.split(",") if rows else None, columns=columns, metric=metric, over=over.split(","))
     _echo_table(found, "nothing to compare")
 

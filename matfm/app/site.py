@@ -111,6 +111,7 @@ FLOORS: dict[str, tuple[str, str]] = {
     "recipes": ("Recipes", "How the data sets that come with matfm are made."),
     "adapt": ("Adaptation", "From a pretrained encoder and a few hundred labels to a model with honest intervals."),
     "potentials": ("Potentials", "Energies, forces, relaxation and stability."),
+    "explain": ("Explanation", "What each part did for a prediction, and whether the answer depends on what was learnt."),
     "app": ("The roof", "Command line and website."),
 }
 

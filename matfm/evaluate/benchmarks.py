@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['BENCHMARKS', 'Entry', 'open_entry', 'pinned', 'Benchmark', 'benchmark', 'Shipped', 'model_for', 'beside', 'Report',
            'set_rows', 'bench', 'report_comparison', 'report_plot', 'report_result', 'report_sheet', 'save_report',
-           'standings', 'leaderboard']
+           'boards', 'leaderboard']
 
 # %% ../../nbs/evaluate/84_benchmarks.ipynb #bm000005
 @dataclass(frozen=True)
@@ -346,7 +346,7 @@ def save_report(
     return folder
 
 # %% ../../nbs/evaluate/84_benchmarks.ipynb #bm000048
-def standings(
+def boards(
     results: Iterable[Result],
 ) -> dict[tuple[str, str], dict[str, dict[str, Metric]]]:  # (benchmark, hash) → model → set → metric
     "What results of benchmarks say; of a model that occurs twice, the first."
@@ -364,7 +364,7 @@ def leaderboard(
 ) -> str:
     "A page in Markdown: one table for each benchmark; empty text if there is no result."
     parts = []
-    for (name, hash_), board in standings(results).items():
+    for (name, hash_), board in boards(results).items():
         sets = list(dict.fromkeys(s for found in board.values() for s in found))
         common = [s for s in sets if all(s in found for found in board.values())]
         loss = {m: [as_loss(found[s].name, float(found[s].value or 0)) for s in common] for m, found in board.items()}
