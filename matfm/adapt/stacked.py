@@ -493,6 +493,7 @@ class Target:
     curves: tuple[Platt, ...] = ()     # classes
     spread: Spread | None = None       # regression
     conformal: SplitConformal | None = None
+    unseen: np.ndarray | None = None   # [n], what was predicted of each row by models that had not seen it; after fitting only
 
     @property
     def active(self) -> dict[str, Any]:
@@ -634,8 +635,9 @@ def fit_target(
     made = Target(name, kind, unit, members, np.ones(0), {"rows": len(y), "repeats": len(folds)}, scale, curves)
     P, truth, loss = judged(made, scores, y, z, spec.aim)
     made.weights, made.about["members"] = contributions(list(members), P, truth, loss, seconds)
-    if kind == "binary": return made
     p, apart = made.combine(scores)
+    made.unseen = p
+    if kind == "binary": return made
     near = nearest(F, F, folds[0][:, None] != folds[0])
     made.spread = Spread.fit(y - p, apart, near)
     made.conformal = SplitConformal(spec.level).fit(y, p, made.spread(apart, near))
@@ -652,6 +654,7 @@ class Stacked:
     limit: float    # similarity to the nearest training record below which a record is out of the domain
     rejected: Rejected = field(default_factory=Rejected.empty)  # training rows that could not be read
     batch: int = 500
+    unseen: dict[str, np.ndarray] = field(default_factory=dict)  # target → what was predicted of each row of the table by models that had not seen it, NaN where it was not used; after fitting only
 
     @property
     def uses(self) -> set[str]:
@@ -756,7 +759,7 @@ def fit_stacked(
     check_also(records, spec.also, spec.light)
     F, kept, rejected = reader(records)
     rejected.check(len(records))
-    similar, made = print_similarity(F, F), []
+    similar, made, unseen = print_similarity(F, F), list[Target](), dict[str, np.ndarray]()
     formulas = records.frame["formula"].to_numpy()[kept] if spec.structure else None
     for i, (name, kind) in enumerate(found.items()):
         y = records.y([name])[kept, 0]
@@ -765,10 +768,11 @@ def fit_stacked(
         until = None if spec.budget is None else now + (begun + spec.budget - now) / (len(found) - i)
         whole = len(there) == len(F)
         made.append(fit_target(name, kind, records.targets[name], F if whole else F.take(there), similar if whole else similar[np.ix_(there, there)], y[there], spec, until, None if formulas is None else formulas[there]))
+        unseen[name] = _spread_out(np.asarray(made[-1].unseen, float), kept[there], len(records))
         for m in made[-1].members.values():
             if not whole and isinstance(m, KernelMember): m.marks = there[m.marks]
     limit = float(np.quantile(nearest(F, F, ~np.eye(len(F), dtype=bool)), 0.05))
-    return Stacked(spec, reader, F, made, limit, rejected)
+    return Stacked(spec, reader, F, made, limit, rejected, unseen=unseen)
 
 # %% ../../nbs/adapt/68_stacked.ipynb #st000078
 def save_stacked(

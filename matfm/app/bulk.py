@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from ..adapt.tables import FOREST, LEVEL, TREES, against_baselines, load_predictor, predict_table, split_table, start_folder, structure_column, tested_limits
+from ..adapt.tables import FOREST, LEVEL, TREES, against_baselines, group_limits, load_predictor, predict_table, record_groups, split_table, start_folder, structure_column, tested_limits
 from ..core import BadInput, MatfmError, atomic_write, pick, sha256_file, sha256_text
 from ..data.files import crystal_keys, crystals_at, read, structure_files
 from ..data.records import Records, Rejected, crystals
@@ -73,7 +73,7 @@ def stacked_sheet(
     return FactSheet(
         kind="model", name=f"{records.name}_{'_'.join(records.targets)}", summary=f"Predicts {targets} of {kind}; {made_of}, fitted with `matfm finetune`.",
         data=f"{records.name} ({len(records)} {kind}), content digest {records.digest}", space=space_of(records).lines(), splits=f"{split.method}, {fitted} rows fitted, {len(split.test)} tested, seed {p['seed']}, digest {split.digest}",
-        metrics=[m for m in result.metrics if m.tags.get("model") == "stacked"], limits=tested_limits(result, split, "predictions of rows left out of the fit in turn"),
+        metrics=[m for m in result.metrics if m.tags.get("model") == "stacked"], limits=tested_limits(result, split, "predictions of rows left out of the fit in turn") + group_limits(result),
         intended_use=f"predicting {targets} for {kind} like those of the table", risks="predictions far from the training data can be wrong by more than the interval says; in_domain marks them",
         licence="not stated: follows from the table's licence", citation="none yet", recipe=f"matfm finetune {p['file']} (parameters in result.json)",
         energy=energy_note(result.seconds, result.hardware["cores"]), provenance={"code": result.code, "result": result.spec.digest, f"table {p['file']}": records.digest})
@@ -107,6 +107,7 @@ def fit_table(
     rows, test = records.take(np.sort(np.concatenate([made.train, made.valid]).astype(int))), records.take(np.array(made.test, int))
     fitted = fit_stacked(rows, spec)
     for m in against_baselines(fitted, rows, test, seed, "stacked"): rec.metric(m)
+    record_groups(rec, rows, fitted.unseen, "rows left out of the fit in turn", seed=seed)
     for t in fitted.targets: rec.table(f"members of {t.name}", t.about["members"])
     result = rec.save()
     fitted.save_pretrained(out, stacked_sheet(result, records, made))

@@ -356,7 +356,7 @@ def finetune(
     "Fit a model to your own table.\n\nA stack of quick predictors; with --model light one that predicts millions; with another --model, and for more than 10,000 crystals, a network. Reports the test error beside a constant guess and a forest."
     if unit and len(unit) != len(target): raise BadInput(f"{len(unit)} units for {len(target)} targets")
     from matfm.adapt.material_features import complete_rows
-    from matfm.adapt.tables import configured, finetune_table, read_labelled, split_table
+    from matfm.adapt.tables import configured, finetune_table, group_limits, read_labelled, split_table
     from matfm.app import bulk
     seconds = bulk.duration(budget) if budget else None
     records, rejected = read_labelled(file, dict(zip(target, unit, strict=True)) if unit else target, smiles, cif, formula=formula)
@@ -375,6 +375,7 @@ def finetune(
     _said(result)
     for name, rows in result.tables.items():
         if name.startswith("members of "): typer.echo(f"\n{name} (errors out of fold)\n{Table(rows)}")
+    typer.echo("\n" + "\n".join(group_limits(result)))
     typer.echo(f"model: {out}")
 
 # %% ../../nbs/app/99_cli.ipynb #0253fc24
