@@ -33,6 +33,9 @@ class Settings(Spec):
     train_precision: str = "32-true"    # "32-true", "bf16-mixed" or "16-mixed"
     train_seed: int = 0
     train_threads: int = 0        # torch threads of one process; 0: torch decides
+    energy_kg_per_kwh: float = 0.4    # kg CO2 per kWh of the grid
+    energy_watts_per_core: float = 10.0 # W of a busy core, its share of memory and cooling included; for estimates
+    energy_meter: str = "auto"    # "auto" (the best there is), "rapl", "codecarbon" or "estimate"
     dask_scheduler: str = "local" # "local" or a scheduler's address
     dask_workers: int = 2         # processes of a local cluster
 
@@ -42,6 +45,8 @@ class Settings(Spec):
         pick(self.train_precision, ["32-true", "bf16-mixed", "16-mixed"], "train.precision")
         if self.train_seed < 0: raise BadInput(f"train.seed must be ≥ 0, got {self.train_seed}")
         if self.train_threads < 0: raise BadInput(f"train.threads must be ≥ 0, got {self.train_threads}")
+        pick(self.energy_meter, ["auto", "rapl", "codecarbon", "estimate"], "energy.meter")
+        if not (self.energy_kg_per_kwh >= 0 and self.energy_watts_per_core > 0): raise BadInput(f"energy.kg_per_kwh must be ≥ 0 and energy.watts_per_core > 0, got {self.energy_kg_per_kwh} and {self.energy_watts_per_core}")
         if self.dask_workers < 1: raise BadInput(f"dask.workers must be ≥ 1, got {self.dask_workers}")
 
     def path(self, name: str) -> Path:
@@ -55,9 +60,9 @@ OWN_VARIABLES = ["MATFM_SETTINGS", "MATFM_RUN_DIR"]  # a file to read; set by th
 
 # %% ../nbs/02_settings.ipynb #d8976ccb
 def _typed(key: str, text: str, origin: str) -> Any:
-    if isinstance(getattr(Settings, key), str): return text.strip()
-    try: return int(text)
-    except ValueError: raise BadInput(f"{origin}: {key} must be a whole number, got {text!r}") from None
+    kind = type(getattr(Settings, key))
+    try: return kind(text.strip())
+    except ValueError: raise BadInput(f"{origin}: {key} must be a {'whole ' if kind is int else ''}number, got {text!r}") from None
 
 # %% ../nbs/02_settings.ipynb #533a9190
 def find_settings(start: str | os.PathLike = ".") -> Path | None:

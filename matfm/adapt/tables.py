@@ -21,7 +21,7 @@ from ..data.files import Reading, find_structures, kind_of, open_table, read
 from ..data.records import Records, Rejected, from_frame
 from ..data.splits import PARTS, Split
 from ..registry import baselines, encoders, objectives, splitters
-from ..run.results import ExperimentSpec, Metric, Recorder, Result, code_version, load_json, usable_cores
+from ..run.results import Energy, ExperimentSpec, Metric, Recorder, Result, code_version, energy_of, load_json, usable_cores
 from ..run.sheets import FactSheet, energy_note
 from ..run.space import space_of
 from ..settings import load_settings
@@ -237,7 +237,7 @@ def finetuned_sheet(
         metrics=[m for m in result.metrics if m.tags.get("model") == "fine-tuned"], limits=tested_limits(result, split) + group_limits(result),
         intended_use=f"predicting {targets} for {records.domain}s like those of the table", risks="predictions far from the training data can be wrong by more than the interval says",
         licence="not stated: follows from the table's licence and that of the starting checkpoint", citation="none yet", recipe=f"matfm finetune {p['file']} (parameters in result.json)",
-        energy=energy_note(result.seconds, result.hardware["cores"]), provenance={"code": result.code, "result": result.spec.digest, f"table {p['file']}": records.digest})
+        energy=str(result.energy or energy_note(result.seconds, result.hardware["cores"])), provenance={"code": result.code, "result": result.spec.digest, f"table {p['file']}": records.digest})
 
 # %% ../../nbs/adapt/81_tables.ipynb #1c820334
 RESERVED = ("row", "reason")  # columns of a prediction that a table may not bring itself
@@ -385,10 +385,12 @@ def pretrained_sheet(
     done: PretrainRun,
     records: Records,    # it was trained on
     objective: str,      # its name
+    energy: Energy | None = None,  # what it used; None: estimated
 ) -> FactSheet:
     "The FactSheet of a pretrained encoder."
     rows = [r for r in done.history if r["part"] == "valid"] or done.history[-1:]
     figures = {k: v for k, v in rows[-1].items() if isinstance(v, float) and k not in ("seconds", "lr")}
+    part = "; of the last part alone, for the training was continued" if energy and done.seconds > energy.seconds + 1 else ""
     held = int(done.pretrained.info.get("valid_items", 0))
     return FactSheet(
         kind="model", name=f"{type(done.pretrained.encoder).__name__}_{objective}", summary=f"An encoder of {records.domain}s, pretrained without labels with {objective}.",
@@ -396,7 +398,7 @@ def pretrained_sheet(
         metrics=[Metric(k, v, n=held or None, tags={"part": rows[-1]["part"]}) for k, v in figures.items()],
         limits="not tested on any property yet: compare with the same encoder from scratch before trusting it", intended_use=f"a starting point for fine-tuning on {records.domain}s",
         risks="it carries whatever bias its unlabelled data have", licence="not stated: follows from the licence of the data", citation="none yet",
-        recipe=f"matfm pretrain --objective {objective} --data {records.name}, {done.steps} steps", energy=energy_note(done.seconds, usable_cores()),
+        recipe=f"matfm pretrain --objective {objective} --data {records.name}, {done.steps} steps", energy=f"{energy or energy_note(done.seconds, usable_cores())}{part}",
         provenance={"code": code_version(), "records": records.digest})
 
 # %% ../../nbs/adapt/81_tables.ipynb #2929243f
@@ -417,8 +419,8 @@ def pretrain_table(
     start = starting_point(model, records.domain, spec.seed)
     parts = random_split(records, (0.95, 0.05, 0.0), seed=spec.seed).parts(records)[:2]
     items, held = (featurise(start.representation, p)[0] for p in parts)
-    done = pretrain(start, task.for_encoder(start.encoder, start.representation), items, spec, out, held, progress)
+    with energy_of() as meter: done = pretrain(start, task.for_encoder(start.encoder, start.representation), items, spec, out, held, progress)
     if done.interrupted: raise KeyboardInterrupt
     done.pretrained.info["valid_items"] = len(held)
-    save_pretrained(Path(out), done.pretrained, pretrained_sheet(done, records, objective))
+    save_pretrained(Path(out), done.pretrained, pretrained_sheet(done, records, objective, meter.energy))
     return done

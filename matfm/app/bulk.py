@@ -76,7 +76,7 @@ def stacked_sheet(
         metrics=[m for m in result.metrics if m.tags.get("model") == "stacked"], limits=tested_limits(result, split, "predictions of rows left out of the fit in turn") + group_limits(result),
         intended_use=f"predicting {targets} for {kind} like those of the table", risks="predictions far from the training data can be wrong by more than the interval says; in_domain marks them",
         licence="not stated: follows from the table's licence", citation="none yet", recipe=f"matfm finetune {p['file']} (parameters in result.json)",
-        energy=energy_note(result.seconds, result.hardware["cores"]), provenance={"code": result.code, "result": result.spec.digest, f"table {p['file']}": records.digest})
+        energy=str(result.energy or energy_note(result.seconds, result.hardware["cores"])), provenance={"code": result.code, "result": result.spec.digest, f"table {p['file']}": records.digest})
 
 # %% ../../nbs/app/96_bulk.ipynb #bk000010
 def fit_table(

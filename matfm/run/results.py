@@ -10,27 +10,32 @@ from __future__ import annotations
 import functools
 import html
 import json
+import logging
 import math
 import os
 import platform
 import statistics
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ..core import BadInput, Spec, UnknownName, atomic_write, canonical_json, pick
+from ..core import BadInput, MissingExtra, Spec, UnknownName, atomic_write, canonical_json, pick
 from ..settings import load_settings
 
 # %% auto #0
-__all__ = ['PACKAGES', 'STATUSES', 'show_value', 'html_table', 'Table', 'Metric', 'jsonable', 'ExperimentSpec', 'versions',
-           'usable_cores', 'hardware', 'code_version', 'save_json', 'load_json', 'Result', 'metric_rows', 'result_html',
-           'Recorder', 'record', 'compare', 'choose', 'Store']
+__all__ = ['PACKAGES', 'POWERCAP', 'STATUSES', 'show_value', 'html_table', 'Table', 'Metric', 'jsonable', 'ExperimentSpec',
+           'versions', 'usable_cores', 'hardware', 'Energy', 'processor_seconds', 'Rapl', 'gpu_joules', 'Meter',
+           'energy_of', 'code_version', 'save_json', 'load_json', 'Result', 'metric_rows', 'result_html', 'Recorder',
+           'record', 'compare', 'choose', 'Store']
 
 # %% ../../nbs/run/04_results.ipynb #97b46ca7
 def show_value(
@@ -151,6 +156,130 @@ def hardware() -> dict[str, Any]:
     if torch is not None and torch.cuda.is_available(): out["gpu"] = torch.cuda.get_device_name()
     return out
 
+# %% ../../nbs/run/04_results.ipynb #en000002
+@dataclass(frozen=True)
+class Energy(Spec):
+    "What a piece of work used."
+    kwh: float
+    kg_co2: float
+    method: str               # how the energy was found
+    seconds: float            # wall time
+    processor_seconds: float  # of this process and its children
+    kg_per_kwh: float         # kg CO2 per kWh of the grid
+
+    def __str__(self) -> str:
+        return (f"{self.kwh:.3g} kWh, {self.kg_co2:.3g} kg CO2 ({self.method}; {self.seconds / 3600:.3g} h, {self.processor_seconds / 3600:.3g} processor hours; "
+                f"{self.kg_per_kwh:g} kg CO2/kWh)")
+
+def processor_seconds() -> float:
+    "Seconds that cores were busy for this process and its children, those that are gone included."
+    import psutil
+    own, total = psutil.Process(), 0.0
+    for p in (own, *own.children(recursive=True)):
+        try: total += sum(getattr(p.cpu_times(), k, 0.0) for k in ("user", "system", "children_user", "children_system"))
+        except psutil.Error: continue  # it ended just now
+    return total
+
+# %% ../../nbs/run/04_results.ipynb #en000005
+POWERCAP = Path("/sys/class/powercap")
+
+class Rapl:
+    "The energy counters of processors and memory, in joules since the first reading."
+    def __init__(self, zones: Sequence[Path]):
+        self.zones = {z: int((z / "max_energy_range_uj").read_text()) for z in zones}
+        self.last, self.joules, self.lock, self.over = {z: self._now(z) for z in zones}, 0.0, threading.Lock(), threading.Event()
+
+    def _now(self, zone: Path) -> int: return int((zone / "energy_uj").read_text())
+
+    @classmethod
+    def find(cls, root: Path = POWERCAP) -> Rapl | None:
+        "The counters of this machine; None where there are none, or they may not be read."
+        try:
+            named = {z: (z / "name").read_text().strip() for z in sorted(root.glob("intel-rapl:*"))}  # AMD's too
+            zones = [z for z, name in named.items() if name.startswith("package") or name == "dram"]
+            return cls(zones) if zones else None
+        except (OSError, ValueError): return None
+
+    def read(self) -> float:
+        with self.lock:
+            for zone, most in self.zones.items():
+                try: now = self._now(zone)
+                except (OSError, ValueError): continue  # a counter that went away costs no result
+                self.joules += (now - self.last[zone] + (most if now < self.last[zone] else 0)) / 1e6
+                self.last[zone] = now
+        return self.joules
+
+    def watch(self, every: float = 30.0) -> Rapl:  # s
+        "Read now and then, until `over` is set."
+        def work() -> None:
+            while not self.over.wait(every): self.read()
+        threading.Thread(target=work, daemon=True, name="rapl").start()
+        return self
+
+# %% ../../nbs/run/04_results.ipynb #en000008
+def gpu_joules() -> dict[str, float]:
+    "Energy that each NVIDIA card has used since its driver was loaded; empty where nothing says so."
+    try:
+        import pynvml  # of the package nvidia-ml-py
+        pynvml.nvmlInit()
+        cards = [pynvml.nvmlDeviceGetHandleByIndex(k) for k in range(pynvml.nvmlDeviceGetCount())]
+        found = {str(getattr(u := pynvml.nvmlDeviceGetUUID(c), "decode", lambda u=u: u)()): pynvml.nvmlDeviceGetTotalEnergyConsumption(c) / 1e3 for c in cards}
+    except Exception: return {}  # no package, no driver, no card, or one without a counter
+    allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = None if allowed is None else [a.strip() for a in allowed.split(",")]
+    return {u: v for k, (u, v) in enumerate(found.items()) if names is None or str(k) in names or any(a.startswith("GPU-") and u.startswith(a) for a in names)}
+
+# %% ../../nbs/run/04_results.ipynb #en000010
+def _codecarbon(wanted: bool) -> Any:
+    "A running tracker of codecarbon; None where it is not installed and not wanted by name."
+    try: from codecarbon import OfflineEmissionsTracker
+    except ImportError:
+        if wanted: raise MissingExtra("codecarbon is needed here and is not installed: pip install 'matfm[energy]'") from None
+        return None
+    logging.getLogger("codecarbon").disabled = True  # it speaks before it has read its log level
+    made = OfflineEmissionsTracker(country_iso_code="USA", save_to_file=False, log_level="critical", allow_multiple_runs=True)  # of the country nothing is used
+    made.start()
+    return made
+
+class Meter:
+    "Counts from its making on; `read` says what was used until now."
+    def __init__(self) -> None:
+        self.settings, self.tracker, self.done = load_settings(), None, None
+        meter = self.settings.energy_meter
+        self.rapl = Rapl.find() if meter in ("auto", "rapl") else None
+        if meter == "rapl" and self.rapl is None: raise BadInput("energy.meter is rapl, and this machine has no such counter that may be read: take auto, codecarbon or estimate")
+        if self.rapl: weakref.finalize(self, self.rapl.watch().over.set)
+        elif meter in ("auto", "codecarbon"): self.tracker = _codecarbon(meter == "codecarbon")
+        self.clock, self.busy, self.cards = time.perf_counter(), processor_seconds(), gpu_joules() if self.tracker is None else {}
+
+    def read(self) -> Energy:
+        "What was used until now; it stays in `energy`."
+        s, busy = self.settings, max(processor_seconds() - self.busy, 0.0)
+        if self.rapl: kwh, method = self.rapl.read() / 3.6e6, "RAPL counters of the whole machine's processors"
+        elif self.tracker is not None: kwh, method = self._tracked()
+        else: kwh, method = busy * s.energy_watts_per_core / 3.6e6, f"estimated from processor seconds × {s.energy_watts_per_core:g} W"
+        if self.cards:
+            now = gpu_joules()
+            kwh += sum(now.get(u, v) - v for u, v in self.cards.items()) / 3.6e6
+            method += f", NVIDIA's counter{'s' * (len(self.cards) > 1)} of {len(self.cards)} GPU{'s' * (len(self.cards) > 1)}"
+        self.energy = Energy(kwh, kwh * s.energy_kg_per_kwh, method, time.perf_counter() - self.clock, busy, s.energy_kg_per_kwh)
+        return self.energy
+
+    def _tracked(self) -> tuple[float, str]:
+        "codecarbon's answer; its tracker ends with the first one."
+        if self.done is None:
+            self.tracker.stop()
+            self.done = (float(self.tracker.final_emissions_data.energy_consumed), f"codecarbon {metadata.version('codecarbon')}, whole machine")
+        return self.done
+
+# %% ../../nbs/run/04_results.ipynb #en000011
+@contextmanager
+def energy_of() -> Iterator[Meter]:
+    "Measure a block of work: afterwards the meter's `energy` says what it used."
+    meter = Meter()
+    try: yield meter
+    finally: meter.read()
+
 # %% ../../nbs/run/04_results.ipynb #86ef0fdc
 def _git(*arguments: str, folder: Path) -> str | None:
     try: done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=20)
@@ -203,6 +332,7 @@ class Result(Spec):
     hardware: dict[str, Any] = field(default_factory=dict)
     data: dict[str, str] = field(default_factory=dict)  # data set → digest
     code: str = ""                         # commit or package version
+    energy: Energy | None = None           # what it used; None: not recorded
 
     def check(self) -> None: pick(self.status, STATUSES, "status of a result")
 
@@ -237,7 +367,7 @@ def result_html(r: Result) -> str:
     out += [_fold(f"{name} ({len(rows)} rows)", html_table(rows)) for name, rows in r.tables.items()]
     out += [f"<p>{html.escape(t)}</p>" for t in (r.baselines and f"Baselines: {r.baselines}", *r.claims) if t]
     if r.notes: out.append(f"<pre>{html.escape(r.notes)}</pre>")
-    where = {"started": r.started, "code": r.code, **{k: str(v) for k, v in r.hardware.items()}, **r.versions, **{f"data: {k}": v for k, v in r.data.items()}}
+    where = {"started": r.started, "code": r.code, **({"energy": str(r.energy)} if r.energy else {}), **{k: str(v) for k, v in r.hardware.items()}, **r.versions, **{f"data: {k}": v for k, v in r.data.items()}}
     return "".join([*out, _fold("made with", html_table([{"": k, "value": v} for k, v in where.items()]))])
 
 # %% ../../nbs/run/04_results.ipynb #3f15bec0
@@ -254,7 +384,7 @@ class Recorder:
         self.metrics: list[Metric] = []
         self.tables: dict[str, list[dict[str, Any]]] = {}
         self.datasets: dict[str, str] = {}
-        self.started, self._clock = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
+        self.started, self._clock, self.meter = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter(), Meter()
 
     @property
     def work(self) -> Path:
@@ -288,7 +418,7 @@ class Recorder:
     def save(self, notes: str = "") -> Result:
         "Write `result.json` into the run's folder."
         made = Result(self.spec, "ok", tuple(self.metrics), self.tables, notes or self.notes, self.systems, self.claims, self.baselines,
-                      round(time.perf_counter() - self._clock, 6), self.started, versions(), hardware(), self.datasets, code_version())
+                      round(time.perf_counter() - self._clock, 6), self.started, versions(), hardware(), self.datasets, code_version(), self.meter.read())
         made.save(self.folder / "result.json")
         return made
 
