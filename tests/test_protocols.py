@@ -10,7 +10,8 @@ from sklearn.model_selection import GroupKFold
 from matfm.core import BadInput
 from matfm.data.records import molecules
 from matfm.evaluate.protocols import (BY, PROTOCOLS, OnVectors, Plan, Protocol, as_loss, deal, held, keys_by, load_plan, null_rejections, one_each, opened,
-                                      over_data_sets, plan, run_protocol, set_losses, with_holm)
+                                      plan, run_protocol, set_losses, with_holm)
+from matfm.evaluate.result_tables import caution, standing_of, verdicts
 
 RINGS = ("c1ccccc1", "c1ccncc1", "C1CCCCC1", "c1ccoc1", "c1ccsc1", "C1CCOC1", "C1CC1", "C1CCC1")
 SMILES = [ring + t for t in ("O", "N", "CCCO", "CC(=O)O", "CCN", "CCl") for ring in RINGS]
@@ -120,8 +121,10 @@ def test_many_comparisons_warn_and_sets_are_compared():
     with pytest.warns(UserWarning, match="6 comparisons"): rows = with_holm([{"p": p} for p in (0.01, 0.02, 0.03, 0.04, 0.05, 0.06)])
     assert rows[0]["p_holm"] == pytest.approx(0.06) and all(r["p_holm"] >= r["p"] for r in rows)
     losses = {"a": {s: 1.0 + k / 10 for k, s in enumerate("uvwxyz")}, "b": {s: 2.0 + k / 7 for k, s in enumerate("uvwxyz")}}
-    rows, facts, _ = over_data_sets(losses)
-    assert facts["first"] == "a" and rows[0]["won"] == 6 and rows[0]["p"] == pytest.approx(2 / 2**6) and set_losses({}) == {}
+    stand = standing_of({**losses, "c": {**losses["b"], "t": 1.0}})
+    rows = verdicts(stand)
+    assert stand.methods[0] == "a" and stand.sets == tuple("uvwxyz") and rows[0]["won"] == 6 and rows[0]["p"] == pytest.approx(2 / 2**6) and set_losses({}) == {}
+    assert stand.ranks["b"] == stand.ranks["c"] == 2.5 and {r["against"]: r["p_holm"] for r in rows} == pytest.approx({"b": 4 / 2**6, "c": 4 / 2**6}) and "left out: t" in " ".join(caution(stand))
 
 
 def test_protocol_fields():

@@ -24,7 +24,8 @@ from ..core import BadInput, ChecksumMismatch, MatfmError, Spec, pick, sha256_te
 from ..data.records import Records
 from ..data.sources import load, source
 from .metrics import METRICS, bootstrap
-from .protocols import Plan, Protocol, ProtocolRun, as_loss, described, fresh, over_data_sets, plan, protocol, run_protocol, with_holm
+from .protocols import Plan, Protocol, ProtocolRun, as_loss, described, fresh, plan, protocol, run_protocol, with_holm
+from .result_tables import Standing, standing_of
 from ..registry import NameTable, baselines
 from ..run.figures import COLOURS, axes
 from ..run.results import ExperimentSpec, Metric, Result, Table, code_version, hardware, html_table, versions
@@ -223,7 +224,7 @@ class Report:
         return out
 
     def comparison(self) -> Table: return report_comparison(self)
-    def over_sets(self) -> tuple[Table, dict[str, Any], Axes]: return over_data_sets({k: {s: max(v, 1e-12) for s, v in found.items()} for k, found in self.losses().items()}, self.label)
+    def over_sets(self) -> Standing: return standing_of({k: {s: max(v, 1e-12) for s, v in found.items()} for k, found in self.losses().items()})
     def plot(self, ax: Axes | None = None) -> Axes: return report_plot(self, ax)
     def result(self) -> Result: return report_result(self)
     def sheet(self) -> FactSheet: return report_sheet(self)

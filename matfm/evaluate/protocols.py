@@ -24,7 +24,7 @@ import polars as pl
 from ..core import BadInput, Spec, canonical_json, pick, sha256_text
 from ..data.records import STRUCTURE, Records
 from ..data.splits import PART_NAMES, Split, butina_clusters, chemical_system, column_split, group_keys, identities, murcko_scaffold, times_of
-from .comparison import against, corrected_t, friedman, holm, kept, mean_ranks, rank_plot
+from .comparison import corrected_t, holm, kept
 from .metrics import METRICS, as_measure, bootstrap, metrics_of
 from ..registry import baselines, representations
 from ..represent.descriptors import matrix
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 __all__ = ['BY', 'PROTOCOLS', 'Protocol', 'protocol', 'keys_by', 'deal', 'Plan', 'held', 'blocks_in_time', 'plan', 'save_plan',
            'load_plan', 'with_methods', 'OnVectors', 'one_each', 'fresh', 'described', 'Measured', 'ProtocolRun',
            'run_losses', 'as_loss', 'run_protocol', 'opened', 'run_summary', 'run_compare', 'with_holm',
-           'null_rejections', 'set_losses', 'over_data_sets', 'run_plot']
+           'null_rejections', 'set_losses', 'run_plot']
 
 # %% ../../nbs/evaluate/83_protocols.ipynb #pr000005
 BY = ("substance", "row", "scaffold", "cluster", "formula", "chemsys", "time")
@@ -598,30 +598,13 @@ def null_rejections(
 def set_losses(
     runs: Mapping[str, ProtocolRun],  # data set → run
 ) -> dict[str, dict[str, float]]:     # method → data set → mean loss over the folds
-    "What `against` and `rank_plot` need; sets on which all folds of a method failed are left out for it."
+    "What `standing_of` needs; sets on which all folds of a method failed are left out for it."
     out: dict[str, dict[str, float]] = {}
     for name, run in runs.items():
         for model in run.models:
             v = run.losses(model)
             if np.isfinite(v).any(): out.setdefault(model, {})[name] = float(np.nanmean(v))
     return out
-
-# %% ../../nbs/evaluate/83_protocols.ipynb #pr000088
-def over_data_sets(
-    losses: Mapping[str, Mapping[str, float]],  # method → data set → loss > 0
-    method: str | None = None,                  # held against all others; None: the best by mean rank
-    ax: Axes | None = None,
-) -> tuple[Table, dict[str, Any], Axes]:
-    "Wilcoxon's test with Holm's correction; sets, Friedman's p and mean ranks; the critical-difference picture."
-    names = list(losses)
-    sets = [s for s in next(iter(losses.values())) if all(s in losses[m] for m in names)]
-    if len(sets) < 2 or len(names) < 2: raise BadInput(f"at least 2 methods on 2 common data sets are needed, got {len(names)} and {len(sets)}")
-    table = np.array([[losses[m][s] for m in names] for s in sets])
-    ax = rank_plot(names, table, ax=ax)
-    ranks = dict(zip(names, mean_ranks(table).tolist(), strict=True))
-    first = method or min(ranks, key=lambda m: ranks[m])
-    rows = with_holm(against(first, {m: {s: losses[m][s] for s in sets} for m in names}))
-    return rows, {"sets": len(sets), "methods": len(names), "friedman_p": friedman(table)[2], "first": first, "ranks": ranks}, ax
 
 # %% ../../nbs/evaluate/83_protocols.ipynb #pr000093
 def run_plot(run: ProtocolRun, ax: Axes | None = None) -> Axes:

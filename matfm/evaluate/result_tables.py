@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # %% auto #0
-__all__ = ['MORE_IS_BETTER', 'Observed', 'observed', 'Standing', 'complete_part', 'standing', 'standing_table', 'verdicts',
-           'on_one_set', 'caution', 'ratio_plot', 'standing_html', 'save_standing', 'standings']
+__all__ = ['MORE_IS_BETTER', 'Observed', 'observed', 'Standing', 'complete_part', 'standing', 'standing_of', 'standing_table',
+           'verdicts', 'on_one_set', 'caution', 'ratio_plot', 'standing_html', 'save_standing', 'standings']
 
 # %% ../../nbs/evaluate/82_result_tables.ipynb #rt000005
 MORE_IS_BETTER = frozenset(k for k, m in METRICS.items() if m.better == "max")
@@ -79,13 +79,19 @@ class Standing:
     rows: Mapping[str, int]                # data set → rows measured on
     left_out: tuple[str, ...] = ()         # in words
 
+    @property
+    def ranks(self) -> dict[str, float]: return dict(zip(self.methods, mean_ranks(self.losses).tolist(), strict=True))  # mean rank of each method, the best first
+    @property
+    def friedman_p(self) -> float: return friedman(self.losses)[2]  # are the methods all alike?
+
+    def rank_plot(self, ax: Axes | None = None) -> Axes: return rank_plot(self.methods, self.losses, ax=ax)
     def __str__(self) -> str: return str(standing_table(self))
     def _repr_html_(self) -> str: return standing_html(self)
     def save(self, path: str | Path) -> Path: return save_standing(self, path)
 
 # %% ../../nbs/evaluate/82_result_tables.ipynb #rt000045
 def complete_part(
-    have: Mapping[str, set[str]],  # method → data sets
+    have: Mapping[str, Collection[str]],  # method → data sets
     least: float = 0.5,            # share of the data sets that a method needs to be kept
 ) -> tuple[list[str], list[str], list[str]]:
     "Methods and data sets of a table without holes, and what was left out, in words."
@@ -108,8 +114,8 @@ def standing(
         if o.repeat in cell and not np.isclose(cell[o.repeat], o.loss):
             raise BadInput(f"two values for {o.method} on {o.over}, {o.repeat or 'no repeat named'}: {cell[o.repeat]:.4g} and {o.loss:.4g}; say more with where=")
         cell[o.repeat] = o.loss
-    have: dict[str, set[str]] = {}
-    for s, m in cells: have.setdefault(m, set()).add(s)
+    have: dict[str, dict[str, None]] = {}  # in the order of appearance
+    for s, m in cells: have.setdefault(m, {})[s] = None
     methods, sets, said = complete_part(have, least)
     if len(methods) < 2 or not sets: raise BadInput(f"nothing to compare: {len(methods)} methods share {len(sets)} data sets; {'; '.join(said)}")
     value = np.array([[np.mean(list(cells[s, m].values())) for m in methods] for s in sets])
@@ -117,6 +123,15 @@ def standing(
     order = np.argsort(mean_ranks(value) if len(sets) > 1 else value[0], kind="stable")
     n = {s: max(o.n for o in seen if o.over == s) for s in sets}
     return Standing(metric, tuple(methods[k] for k in order), tuple(sets), value[:, order], spread[:, order], cells, n, tuple(said))
+
+# %% ../../nbs/evaluate/82_result_tables.ipynb #rt300002
+def standing_of(
+    losses: Mapping[str, Mapping[str, float]],  # method → data set → loss
+    metric: str = "loss",                       # what it is called
+    least: float = 0.0,                         # share of the data sets that a method needs to be kept
+) -> Standing:
+    "The table of one loss for each method and data set."
+    return standing([Observed(s, m, "", float(v), 0) for m, each in losses.items() for s, v in each.items()], metric, least)
 
 # %% ../../nbs/evaluate/82_result_tables.ipynb #rt000013
 def standing_table(
@@ -128,7 +143,7 @@ def standing_table(
         best = t.losses[k].min()
         rows.append({"data set": s, "n": t.rows[s] or "", **{m: f"{v:.4g}{'' if np.isnan(d) else f' ± {d:.2g}'}{' *' if v == best else ''}"
                                                             for m, v, d in zip(t.methods, t.losses[k], t.spread[k], strict=True)}})
-    if len(t.sets) > 1: rows.append({"data set": "mean rank", "n": "", **{m: f"{r:.2f}" for m, r in zip(t.methods, mean_ranks(t.losses), strict=True)}})
+    if len(t.sets) > 1: rows.append({"data set": "mean rank", "n": "", **{m: f"{r:.2f}" for m, r in t.ranks.items()}})
     return Table(rows)
 
 # %% ../../nbs/evaluate/82_result_tables.ipynb #rt000047
@@ -162,7 +177,7 @@ def caution(
     "What a reader should know before believing the table."
     k, n, said = len(t.methods), len(t.sets), []
     if n > 1:
-        p = friedman(t.losses)[2]
+        p = t.friedman_p
         said.append(f"Friedman's test over {n} data sets: p = {p:.2g}; {'the methods differ' if p < 0.05 else 'no method differs from the others by more than chance'}. "
                     f"Mean ranks nearer than {critical_difference(k, n):.2f} are not told apart (Nemenyi, 5 %).")
     if n < 6: said.append(f"{n} data set{'s' * (n > 1)}: a signed-rank test over fewer than 6 cannot reach 5 %, whatever the losses are.")
