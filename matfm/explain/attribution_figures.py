@@ -87,7 +87,7 @@ def cell_picture(
     where = _seen((np.asarray(cell.frac) % 1) @ cell.lattice)
     order = np.argsort(where[:, 2])
     ax.scatter(where[order, 0], where[order, 1], s=260, c=paint.to_rgba(np.asarray(values)[order]), edgecolors="#444444", linewidths=0.6, zorder=1)
-    for i in order: ax.annotate(cell.symbols[i], (float(where[i, 0]), float(where[i, 1])), ha="center", va="center", fontsize=7, zorder=2)
+    for i in order: ax.annotate(cell.symbols[i], tuple(where[i, :2].tolist()), ha="center", va="center", fontsize=7, zorder=2)
     ax.set_aspect("equal"); ax.grid(False); ax.set_axis_off()
     ax.figure.colorbar(paint, ax=ax, shrink=0.6, label=with_unit("contribution", unit))
     return ax
