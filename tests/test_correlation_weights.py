@@ -68,6 +68,7 @@ def test_rare_and_unknown_attributes_weigh_nothing():
 def test_statistics_of_constants():
     y = np.array([1.0, 2.0, 4.0])
     assert correlation(np.ones(3), y) == 0 and ideality(y, y) == 0 == ideality(np.full(3, 9.0), y)  # no error at all has no balance
+    assert ideality(np.array([2.0, 1.0, 1.0]), np.array([1.0, 2.0, 3.0])) == pytest.approx(-0.577350269189626)  # of the original program, in the tests of yardstick
     assert ideality(y + np.array([0.1, -0.1, 0.0]), y) == pytest.approx(correlation(y + np.array([0.1, -0.1, 0.0]), y) * 0.05 / 0.1)
 
 

@@ -106,7 +106,7 @@ class Search(Spec):
     thresholds: tuple[int, ...] = (1, 3, 6)   # T, compared by the calibration set
     epochs: int = 25                          # N at most; the best pass is the calibration set's
     target_function: str = "tf0"              # or "tf1", with the index of ideality
-    ideality: float = 0.2                     # its share in TF1
+    ideality: float = 0.2                     # its share in TF1; published studies take 0.2 or 0.5
     step: float = 1.0                         # largest change of a weight; it shrinks by a tenth in each pass
     tries: int = 8                            # changes of a weight that are compared
 
