@@ -210,6 +210,7 @@ def test_formulas_from_outside():
     iron = lambda formulas: np.array([parse_formula(f).get("Fe", 0.0) for f in formulas], float)
     game = at.removal_game(iron, "Fe2O3", domain="composition")
     assert game(np.array([[True, True], [True, False]])).tolist() == [2.0, 2.0]
+    assert at.occlusion(game)[0].tolist() == [2, 0] and math.isnan(at.occlusion(game)[2])
     with pytest.raises(BadInput, match="without elements"): shapley(game)
 
 
@@ -265,3 +266,23 @@ def test_import_is_light():
     import sys
     out = subprocess.run([sys.executable, "-c", "import sys, matfm.explain.attribution; print([m for m in ('rdkit', 'shap', 'sklearn', 'matplotlib', 'lightning', 'pymatgen') if m in sys.modules])"], capture_output=True, text=True)
     assert out.stdout.strip() == "[]", out.stdout + out.stderr
+
+
+def test_a_network_from_outside(gnn):
+    "Deleting atoms is what asking the network about the smaller molecule says; what cannot be deleted is refused."
+    from matfm.data.records import molecules
+    def ask(*smiles): return gnn.predict(molecules(list(smiles), canonical=False)[0])[0]["count"].to_numpy()
+    smiles = "OCCc1ccccc1"
+    a = explain(gnn, smiles, "occlusion", by="groups", outside=True)
+    ring = next(i for i, m in enumerate(a.members) if len(m) == 6)
+    whole, left = ask(smiles, "OCC")
+    assert np.isclose(a.values[ring], whole - left, atol=1e-5) and np.isclose(a.value, whole, atol=1e-5) and a.unit == explain(gnn, smiles).unit
+    assert abs(explain(gnn, "CCO", "shapley", outside=True).gap) < 1e-5
+    with pytest.raises(BadInput, match="from outside"): explain(gnn, smiles, "rollout", outside=True)
+    with pytest.raises(BadInput, match="has no vector"): explain(gnn, smiles, "occlusion", outside=True, base=at.mean_embedding(gnn, ["CCO"]))
+    crystal = small("crystal_gnn", "crystal_graph", width=16, depth=2)
+    with pytest.raises(BadInput, match="taken out of"): explain(crystal, salt(), "occlusion", outside=True)
+    formula = small("composition_transformer", "composition", width=16, depth=2, heads=2)
+    b = explain(formula, "Fe2O3", "occlusion", outside=True)
+    assert b.names == ("Fe", "O") and b.kind == "elements" and np.isnan(b.baseline) and np.isfinite(b.values).all() and "without them" not in b._repr_html_()
+    with pytest.raises(BadInput, match="without elements"): explain(formula, "Fe2O3", "shapley", outside=True)

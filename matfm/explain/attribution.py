@@ -128,6 +128,7 @@ class Game:
     "A model's answer as a function of the parts it may see."
     parts: Parts
     answer: Callable[[np.ndarray], np.ndarray]  # which parts are there, [m, k] bool -> [m]
+    empty: bool = True                          # whether it has an answer when there is nothing; a formula has none
 
     def __call__(self, keep: np.ndarray) -> np.ndarray:
         "Answers; a set of parts that occurs twice is asked for once."
@@ -145,8 +146,8 @@ Found = tuple[np.ndarray, float, float, dict[str, Any]]  # values [k], predictio
 def occlusion(game: Game) -> Found:
     "Prediction with everything minus the prediction without the part."
     k = len(game.parts.names)
-    v = game(np.vstack([np.ones(k, bool), ~np.eye(k, dtype=bool), np.zeros(k, bool)]))
-    return v[0] - v[1:-1], float(v[0]), float(v[-1]), {"asked": k + 2}
+    v = game(np.vstack([np.ones(k, bool), ~np.eye(k, dtype=bool), np.zeros((int(game.empty), k), bool)]))
+    return v[0] - v[1:k + 1], float(v[0]), float(v[-1]) if game.empty else math.nan, {"asked": len(v)}
 
 # %% ../../nbs/explain/95_attribution.ipynb #e95a0015
 def shapley(
@@ -471,14 +472,14 @@ def _output(model: Any, name: str) -> Any:
 # %% ../../nbs/explain/95_attribution.ipynb #e95a0046
 def removal_game(model: Any, structure: str, by: str = "", output: str = "", domain: str = "molecule") -> Game:
     "Parts of a molecule or formula, and a model's answers when some are taken out of it."
-    if domain == "molecule":
+    if pick(domain, ["molecule", "composition"], "kind of record that parts can be taken out of") == "molecule":
         mol, parts = read_molecule(structure), molecule_parts(structure, pick(by or "atoms", ["atoms", "groups"], "division (by)"))
         write = lambda rows: keep_atoms(mol, rows)
     else:
         amounts = dict(parse_formula(structure))
         parts = element_parts(np.array([ELEMENTS.index(s) + 1 for s in amounts]), pick(by or "elements", ["elements"], "division (by)"))
         write = lambda rows: keep_elements(amounts, rows)
-    return Game(parts, lambda keep: answers(model, [write(r) for r in parts.by_row(keep)], output, domain))
+    return Game(parts, lambda keep: answers(model, [write(r) for r in parts.by_row(keep)], output, domain), empty=domain == "molecule")
 
 # %% ../../nbs/explain/95_attribution.ipynb #e95a0050
 @dataclass(eq=False)
@@ -571,7 +572,7 @@ def descriptor_attribution(model: DescriptorModel, structure: Any, method: str, 
 # %% ../../nbs/explain/95_attribution.ipynb #e95a0059
 def outside_attribution(model: Any, structure: Any, method: str, by: str, output: str, options: Mapping[str, Any]) -> Attribution:
     "Explain a model that can only be asked, by removing parts of the structure."
-    domain = getattr(getattr(model, "reader", None), "domain", "molecule")
+    domain = getattr(getattr(model, "reader", None) or getattr(model, "representation", None), "domain", "molecule")
     game = removal_game(model, structure, by, output, domain)
     values, value, baseline, info = GAMES[method](game, **options)
     chosen, p = _output(model, output) if hasattr(model, "task") else None, game.parts
@@ -586,15 +587,17 @@ def explain(
     by: str = "",                # parts: atoms, groups, tokens, sites, elements, columns; empty: the finest
     output: str = "",            # its name; empty: the first
     base: Tensor | None = None,  # a network's vector of a missing part, [d], see `mean_embedding`; None: zeros
+    outside: bool = False,       # of a network: delete missing parts from the structure, instead of blanking their vectors
     **options: Any,              # of the method
 ) -> Attribution:
     "What each part did for a prediction."
-    inside = isinstance(model, (Model, Ensemble))
+    inside = isinstance(model, (Model, Ensemble)) and not outside
+    if outside and base is not None: raise BadInput("a part that is deleted has no vector: leave out base, or outside")
     method = method or ("integrated_gradients" if inside else "occlusion")
     allowed = [*INSIDE, *GAMES] if inside else [*GAMES, "tree_shap"] if isinstance(model, DescriptorModel) else [*GAMES]
-    if pick(method, METHODS, "method") not in allowed: raise BadInput(f"{method} does not work for a {type(model).__name__}; choose one of {', '.join(allowed)}")
-    if isinstance(model, Ensemble): return mean_attribution([explain(m, structure, method, by, output, base, **options) for m in model.models])
-    if isinstance(model, Model): return network_attribution(model, structure, method, by, output, base, options)
+    if pick(method, METHODS, "method") not in allowed: raise BadInput(f"{method} does not work for a {type(model).__name__}{' from outside' * outside}; choose one of {', '.join(allowed)}")
+    if isinstance(model, Ensemble): return mean_attribution([explain(m, structure, method, by, output, base, outside, **options) for m in model.models])
+    if isinstance(model, Model) and inside: return network_attribution(model, structure, method, by, output, base, options)
     if isinstance(model, DescriptorModel): return descriptor_attribution(model, structure, method, by, options)
     return outside_attribution(model, structure, method, by, output, options)
 
