@@ -373,3 +373,24 @@ def test_a_missing_package_is_named(solids, monkeypatch):
     monkeypatch.setitem(sys.modules, "chgnet", None)
     for name in [n for n in sys.modules if n.startswith("chgnet.")]: monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(MissingExtra, match="potentials"): fit_stacked(solids[0], stacked.CRYSTALS.replace(members=("kernel",), encoder="", also=("chgnet_features",)))
+
+
+def test_a_table_too_large_for_all_pairs_gives_the_same_model(table, model, monkeypatch):
+    "Similarities computed when asked for, and blocks smaller than the table."
+    monkeypatch.setattr(features, "DENSE", 10)
+    assert isinstance(features.pairs(model.train), features.Pairs)
+    again = fit_stacked(table.take(np.arange(80)), model.spec)
+    a, b = model.predict(table)[0], again.predict(table)[0]
+    assert again.limit == model.limit and a.columns == b.columns
+    for name in (n for n in a.columns if a[n].dtype.is_numeric()): np.testing.assert_allclose(a[name], b[name], rtol=2e-3, atol=2e-3)
+
+
+def test_rows_are_left_out_in_rows_or_in_features():
+    rng = np.random.default_rng(0)
+    A, z = rng.normal(size=(60, 7)), rng.normal(size=60)
+    inverse = np.linalg.inv(A.T @ A + 0.3 * np.eye(7))
+    r = z - A @ inverse @ A.T @ z
+    for h in (np.arange(5), np.arange(20)):
+        rest = np.setdiff1d(np.arange(60), h)
+        w = np.linalg.solve(A[rest].T @ A[rest] + 0.3 * np.eye(7), A[rest].T @ z[rest])
+        np.testing.assert_allclose(stacked.left_out(A[h], inverse, r[h]), z[h] - A[h] @ w, atol=1e-9)

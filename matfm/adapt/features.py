@@ -25,9 +25,10 @@ if TYPE_CHECKING:
     from matfm.models.zoo import Pretrained
 
 # %% auto #0
-__all__ = ['PRINTS', 'LEVELS', 'SLOTS', 'QUICK', 'SLOW', 'SHIPPED', 'EVERYTHING', 'bit_matrix', 'unary_bits', 'pattern_counts',
-           'Overlap', 'quick_descriptors', 'Features', 'encoder_of', 'embeddings', 'molecule_features',
-           'print_similarity', 'mean_similarity', 'MoleculeReader']
+__all__ = ['PRINTS', 'LEVELS', 'SLOTS', 'QUICK', 'SLOW', 'SHIPPED', 'DENSE', 'EVERYTHING', 'bit_matrix', 'unary_bits',
+           'pattern_counts', 'Overlap', 'quick_descriptors', 'Features', 'encoder_of', 'embeddings',
+           'molecule_features', 'print_similarity', 'mean_similarity', 'Pairs', 'blocks', 'pairs', 'among',
+           'MoleculeReader']
 
 # %% ../../nbs/adapt/65_features.ipynb #st000009
 PRINTS = ("ecfp", "fcfp", "atom_pair", "topological_torsion")
@@ -185,6 +186,28 @@ def mean_similarity(each: Sequence[np.ndarray]) -> np.ndarray:
     total = each[0].astype(np.float64)
     for one in each[1:]: total += one
     return total / len(each)
+
+# %% ../../nbs/adapt/65_features.ipynb #fe00000b
+DENSE = 6000  # records up to which the similarities of all pairs are kept
+
+@dataclass(eq=False)
+class Pairs:
+    "Mean Tanimoto similarities of all pairs of records, computed where they are indexed."
+    F: Features
+
+    @property
+    def shape(self) -> tuple[int, int]: return len(self.F), len(self.F)
+
+    def __getitem__(self, at: tuple[Any, ...]) -> np.ndarray:  # two slices or row numbers, or `np.ix_` of them
+        rows, columns = (np.arange(len(self.F))[k if isinstance(k, slice) else np.ravel(k)] for k in at)
+        to = self.F.take(columns)
+        return np.vstack([print_similarity(self.F.take(r), to) for r in blocks(rows)]) if len(rows) else np.zeros((0, len(columns)))
+
+def blocks(rows: np.ndarray, size: int = 2048) -> list[np.ndarray]: return [rows[k:k + size] for k in range(0, len(rows), size)]
+def pairs(F: Features) -> np.ndarray | Pairs: return print_similarity(F, F) if len(F) <= DENSE else Pairs(F)
+def among(similar: np.ndarray | Pairs, rows: np.ndarray) -> np.ndarray | Pairs:
+    "The pairs among some rows."
+    return Pairs(similar.F.take(rows)) if isinstance(similar, Pairs) else similar[np.ix_(rows, rows)]
 
 # %% ../../nbs/adapt/65_features.ipynb #fe000010
 EVERYTHING = frozenset(["prints", "descriptors", "embedding"])

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 
-from .features import LEVELS, SLOTS, Features, bit_matrix, mean_similarity, print_similarity
+from .features import LEVELS, SLOTS, Features, Pairs, among, bit_matrix, blocks, mean_similarity, pairs, print_similarity
 from .material_features import Reader, check_also, load_reader, reader_for
 from ..core import BadInput, Spec, atomic_write, pick, sha256_file
 from ..data.records import Records, Rejected, crystals
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from matfm.models.heads import Task
 
 # %% auto #0
-__all__ = ['MEMBERS', 'LIGHT', 'MATERIALS', 'CRYSTALS', 'SHARES', 'LEARNT', 'LENGTHS', 'NOISES', 'FOLDED', 'MIN_ROWS',
+__all__ = ['MEMBERS', 'LIGHT', 'MATERIALS', 'CRYSTALS', 'SHARES', 'LEARNT', 'LENGTHS', 'NOISES', 'NUMBERS', 'FOLDED', 'MIN_ROWS',
            'StackedSpec', 'default_spec', 'Scaler', 'KernelSpec', 'loo_predictions', 'choose_kernel', 'KernelMember',
-           'solve_kernel', 'fit_kernel', 'tree_columns', 'used_columns', 'held_out', 'Trees', 'flat_trees',
+           'left_out', 'solve_kernel', 'fit_kernel', 'tree_columns', 'used_columns', 'held_out', 'Trees', 'flat_trees',
            'joined_trees', 'grow', 'BoostingMember', 'fit_boosting', 'TreesMember', 'fit_trees', 'squared_error',
            'absolute_error', 'logit_loss', 'blend', 'Scale', 'choose_scale', 'Spread', 'Target', 'fit_members',
            'contributions', 'whole_folds', 'usable_folds', 'nearest', 'judged', 'fit_target', 'Stacked',
@@ -185,6 +185,15 @@ class KernelMember:
         return cls(KernelSpec.from_dict(config["spec"]), arrays["marks"], arrays["beta"], scalers)
 
 # %% ../../nbs/adapt/68_stacked.ipynb #st000029
+def left_out(
+    A: np.ndarray,        # [h, m], features of the rows that are left out
+    inverse: np.ndarray,  # [m, m], of the system of all rows
+    r: np.ndarray,        # [h], residuals with all rows
+) -> np.ndarray:          # [h]
+    "Residuals of rows when the fit does without them; solves in rows or in features, whichever are fewer."
+    if len(A) <= len(inverse): return np.linalg.solve(np.eye(len(A)) - A @ inverse @ A.T, r)
+    return r + A @ np.linalg.solve(np.linalg.inv(inverse) - A.T @ A, A.T @ r)
+
 def solve_kernel(
     K: np.ndarray,      # [n, m], of all rows to the landmarks
     marks: np.ndarray,  # [m], which rows are landmarks
@@ -202,13 +211,15 @@ def solve_kernel(
     for fold in folds:
         for k in range(fold.max() + 1):
             held = np.flatnonzero(fold == k)
-            out[held] += z[held] - np.linalg.solve(np.eye(len(held)) - phi[held] @ inverse @ phi[held].T, r[held])
+            out[held] += z[held] - left_out(phi[held], inverse, r[held])
     return solve_triangular(L.T, w, lower=False), out / len(folds)
 
 # %% ../../nbs/adapt/68_stacked.ipynb #st000032
+NUMBERS = 160_000_000  # in the matrix of rows and landmarks at most (1.3 GB): beyond 40,000 rows there are fewer landmarks
+
 def fit_kernel(
     F: Features,           # [n]
-    similar: np.ndarray,   # [n, n], of their fingerprints
+    similar: np.ndarray | Pairs,  # [n, n], of their fingerprints
     z: np.ndarray,         # [n], standardised
     folds: np.ndarray,     # [repeats, n]
     spec: StackedSpec,
@@ -217,10 +228,11 @@ def fit_kernel(
     "The member and its out-of-fold scores."
     order, scalers = np.random.default_rng([spec.seed, 1]).permutation(len(F)), [Scaler.fit(X) for X in F.dense]
     apart = lambda a, b: [s.distance(X[a], X[b]) for s, X in zip(scalers, F.dense, strict=True)]
-    some, marks = np.sort(order[:tune]), np.sort(order[:spec.kernel_rows])
+    some, marks = np.sort(order[:tune]), np.sort(order[:min(spec.kernel_rows, max(500, NUMBERS // len(F)))])
     chosen, _ = choose_kernel(similar[np.ix_(some, some)], apart(some, some), z[some])
     if not chosen.learnt: del scalers[1:]
-    K = chosen(similar[:, marks], [s.distance(X, X[marks]) for s, X in zip(scalers, F.dense, strict=False)])
+    near_marks = lambda rows: chosen(similar[np.ix_(rows, marks)], [s.distance(X[rows], X[marks]) for s, X in zip(scalers, F.dense, strict=False)])
+    K = np.vstack([near_marks(rows) for rows in blocks(np.arange(len(F)))])
     noises = [chosen.noise * factor for factor in ((1,) if len(marks) == len(F) else (1, 10, 100))]
     solved = [(s, *solve_kernel(K, marks, z, s, folds)) for s in noises]
     noise, beta, oof = min(solved, key=lambda found: float(((found[2] - z) ** 2).mean()))
@@ -437,7 +449,7 @@ class Scale(Spec):
 # %% ../../nbs/adapt/68_stacked.ipynb #st000051
 def choose_scale(
     F: Features,
-    similar: np.ndarray,  # [n, n]
+    similar: np.ndarray | Pairs,  # [n, n]
     y: np.ndarray,        # [n]
     seed: int,
     aim: str = "squared",
@@ -523,7 +535,7 @@ class Target:
 def fit_members(
     kind: str,
     F: Features,
-    similar: np.ndarray,  # [n, n]
+    similar: np.ndarray | Pairs,  # [n, n]
     z: np.ndarray,        # [n], standardised, or 0 and 1
     folds: np.ndarray,    # [repeats, n]
     spec: StackedSpec,
@@ -596,11 +608,15 @@ def usable_folds(
 def nearest(
     F: Features,
     train: Features,
-    apart: np.ndarray | None = None,  # [n, N] bool, pairs that count; None: all
-) -> np.ndarray:                      # [n], from 0 to 1
+    groups: np.ndarray | None = None,  # [n], of records that are the training records: those of the same group do not count; None: all count
+) -> np.ndarray:                       # [n], from 0 to 1
     "Similarity of the first fingerprint of each molecule to the most similar training molecule."
-    first = train.overlaps[0](F.prints[0])
-    return (first if apart is None else np.where(apart, first, 0)).max(axis=1).astype(np.float64)
+    out = np.zeros(len(F))
+    for rows in blocks(np.arange(len(F))):
+        first = train.overlaps[0](F.prints[0][rows])
+        if groups is not None: first[groups[rows, None] == groups] = 0
+        out[rows] = first.max(axis=1)
+    return out
 
 # %% ../../nbs/adapt/68_stacked.ipynb #st000062b
 def judged(
@@ -620,7 +636,7 @@ def fit_target(
     kind: str,
     unit: str,
     F: Features,          # [n], of the rows that have the target
-    similar: np.ndarray,  # [n, n]
+    similar: np.ndarray | Pairs,  # [n, n]
     y: np.ndarray,        # [n]
     spec: StackedSpec,
     until: float | None = None,  # time of `time.perf_counter`
@@ -636,9 +652,7 @@ def fit_target(
     P, truth, loss = judged(made, scores, y, z, spec.aim)
     made.weights, made.about["members"] = contributions(list(members), P, truth, loss, seconds)
     p, apart = made.combine(scores)
-    made.unseen = p
-    if kind == "binary": return made
-    near = nearest(F, F, folds[0][:, None] != folds[0])
+    near = nearest(F, F, folds[0])
     made.spread = Spread.fit(y - p, apart, near)
     made.conformal = SplitConformal(spec.level).fit(y, p, made.spread(apart, near))
     return made
@@ -759,7 +773,7 @@ def fit_stacked(
     check_also(records, spec.also, spec.light)
     F, kept, rejected = reader(records)
     rejected.check(len(records))
-    similar, made, unseen = print_similarity(F, F), list[Target](), dict[str, np.ndarray]()
+    similar, made = pairs(F), []
     formulas = records.frame["formula"].to_numpy()[kept] if spec.structure else None
     for i, (name, kind) in enumerate(found.items()):
         y = records.y([name])[kept, 0]
@@ -767,12 +781,11 @@ def fit_stacked(
         now = time.perf_counter()
         until = None if spec.budget is None else now + (begun + spec.budget - now) / (len(found) - i)
         whole = len(there) == len(F)
-        made.append(fit_target(name, kind, records.targets[name], F if whole else F.take(there), similar if whole else similar[np.ix_(there, there)], y[there], spec, until, None if formulas is None else formulas[there]))
-        unseen[name] = _spread_out(np.asarray(made[-1].unseen, float), kept[there], len(records))
+        made.append(fit_target(name, kind, records.targets[name], F if whole else F.take(there), similar if whole else among(similar, there), y[there], spec, until, None if formulas is None else formulas[there]))
         for m in made[-1].members.values():
             if not whole and isinstance(m, KernelMember): m.marks = there[m.marks]
-    limit = float(np.quantile(nearest(F, F, ~np.eye(len(F), dtype=bool)), 0.05))
-    return Stacked(spec, reader, F, made, limit, rejected, unseen=unseen)
+    limit = float(np.quantile(nearest(F, F, np.arange(len(F))), 0.05))
+    return Stacked(spec, reader, F, made, limit, rejected)
 
 # %% ../../nbs/adapt/68_stacked.ipynb #st000078
 def save_stacked(
