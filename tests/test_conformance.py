@@ -82,6 +82,7 @@ REPRESENTATIONS: dict[str, Callable[[Any], Any]] = {
     "rdkit_descriptors": lambda cls: cls(),
     "composition_stats": lambda cls: cls(),
     "xrd": lambda cls: cls(bins=64),
+    "bond_orientation": lambda cls: cls(),
     "crystal_text": lambda cls: cls(length=64),
     "crystal_views": lambda cls: cls(bins=64, length=64),
     "composition": lambda cls: cls(),

@@ -17,11 +17,12 @@ import numpy as np
 from ..core import BadInput
 from ..data.records import NUMBERS
 from ..registry import representations
-from .crystal import crystal_arrays
+from .crystal import crystal_arrays, crystal_edges
 from .descriptors import Descriptor
 
 # %% auto #0
-__all__ = ['CU_KA', 'form_factor', 'reciprocal_points', 'reflections', 'merged', 'Xrd', 'on_grid', 'dos_tokens']
+__all__ = ['CU_KA', 'DEGREES', 'ORDERS', 'LEVELS', 'form_factor', 'reciprocal_points', 'reflections', 'merged', 'Xrd', 'on_grid',
+           'harmonics', 'bonds', 'principal_axes', 'BondOrientation', 'orientation', 'dos_tokens']
 
 # %% ../../nbs/represent/48_spectra.ipynb #48a00006
 @cache
@@ -140,6 +141,89 @@ def on_grid(
     if out.max() <= 0: raise BadInput("the pattern is empty in the window")
     return (out / out.max()).astype(np.float32)
 
+
+# %% ../../nbs/represent/48_spectra.ipynb #48b00002
+DEGREES = (2, 4, 6)
+ORDERS = tuple((l, m) for l in DEGREES for m in range(l + 1))
+
+def harmonics(
+    u: np.ndarray,     # [E, 3], unit vectors
+    axis: np.ndarray,  # [3], unit vector, the pole
+    side: np.ndarray,  # [3], unit vector at right angles to it, where the longitude is zero
+) -> np.ndarray:       # [E, len(ORDERS)] complex
+    "Spherical harmonics of `ORDERS`; those of m > 0 count for −m as well."
+    from math import factorial, pi
+
+    from scipy.special import lpmv
+    height, longitude = np.clip(u @ axis, -1, 1), np.arctan2(u @ np.cross(axis, side), u @ side)
+    norm = [((2 * l + 1) / (4 * pi) * factorial(l - m) / factorial(l + m) * (2 if m else 1)) ** 0.5 for l, m in ORDERS]
+    return np.stack([n * lpmv(m, l, height) * np.exp(1j * m * longitude) for n, (l, m) in zip(norm, ORDERS, strict=True)], axis=1)
+
+# %% ../../nbs/represent/48_spectra.ipynb #48b00004
+LEVELS = (1.0, 0.7, 0.5, 0.3)  # of the weights in the tensor
+
+def bonds(
+    lattice: np.ndarray,  # [3, 3] Å
+    frac: np.ndarray,     # [n, 3]
+    numbers: np.ndarray,  # [n]
+    cutoff: float,        # Å
+) -> tuple[np.ndarray, np.ndarray]:  # [E, 3] unit vectors; [E, 4], each column's sum 1 or 0
+    "Directions of the bonds to the nearest shells, and weights: none, length, atomic numbers, difference of atomic numbers."
+    (other, centre), image = crystal_edges(lattice, frac, cutoff, 12)
+    d = (frac[other] + image - frac[centre]) @ lattice
+    r = np.linalg.norm(d, axis=1)
+    a, b, scale = numbers[other].astype(float), numbers[centre].astype(float), np.median(r)
+    w = np.stack([np.ones_like(r), np.exp(-(r / scale) ** 2), np.sqrt(a * b), np.abs(a - b) * np.exp(-r / scale)], axis=1)
+    return d / r[:, None], w / np.maximum(w.sum(axis=0), 1e-12)
+
+def principal_axes(
+    u: np.ndarray,  # [E, 3]
+    w: np.ndarray,  # [E, 4]
+) -> tuple[np.ndarray, np.ndarray]:  # [3, 3] rows: the axis that is most by itself, then the others; [2], smaller and larger gap of the eigenvalues, of their sum
+    "Axes of the tensor of directions."
+    values, vectors = np.linalg.eigh((u * (w @ LEVELS)[:, None]).T @ u)
+    gaps = np.diff(values) / values.sum()
+    return vectors.T[[0, 1, 2] if gaps[0] > gaps[1] else [2, 1, 0]], np.sort(gaps)
+
+# %% ../../nbs/represent/48_spectra.ipynb #48b00006
+@representations.register("bond_orientation")
+@dataclass(frozen=True)
+class BondOrientation(Descriptor):
+    "Crystal → logarithms of the power of its bonds' spherical harmonics about its own axes."
+    cutoff: float = 6.0     # Å
+    alike: float = 1e-3     # eigenvalues that differ by less, of their sum, have no axes of their own
+    floor: float = 1e-6     # shares below this cannot be told from none
+    domain: ClassVar[str] = "crystal"
+
+    def check(self) -> None:
+        if self.cutoff <= 0 or not 0 < self.alike < 1 or not 0 < self.floor < 1: raise BadInput("a positive cutoff, and alike and floor between 0 and 1 are needed")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        kinds, axes = ("bonds", "length", "number", "difference"), ("axis", "second axis", "third axis")
+        parts = [f"{a}: {p}" for a in axes for p in (*(f"{k} l {l} m {m}" for k in kinds for l, m in ORDERS), *(f"fold {m}" for m in range(7)), "there")]
+        return ("smaller gap", "larger gap", *parts, *(f"{k} l {l}" for k in kinds for l in DEGREES))
+
+    def read(self, record: Any) -> tuple[np.ndarray, np.ndarray]:
+        lattice, frac, numbers = crystal_arrays(record)
+        u, w = bonds(lattice, frac, numbers, self.cutoff)
+        if not len(u): raise BadInput(f"no atom has a neighbour within {self.cutoff:g} Å")
+        return u, w
+
+    def rows(self, parsed: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+        return np.array([orientation(u, w, self.alike, self.floor) for u, w in parsed], np.float32).reshape(-1, len(self.names))
+
+def orientation(u: np.ndarray, w: np.ndarray, alike: float, floor: float) -> np.ndarray:
+    "The vector of one crystal."
+    (axes, gaps), m = principal_axes(u, w), np.array([m for _, m in ORDERS])
+    log = lambda power, whole: np.log(power / np.maximum(whole, 1e-12) + floor).ravel()
+    degree = np.array([l for l, _ in ORDERS]) == np.array(DEGREES)[:, None]
+    out = [np.log(gaps + floor)]
+    for k, sure in enumerate((gaps[1] > alike, gaps[0] > alike, gaps[0] > alike)):
+        P = np.abs(w.T @ harmonics(u, axes[k], axes[(k + 1) % 3])) ** 2  # [4, orders]
+        folds = np.array([P[:, m == f].sum() for f in range(7)])
+        out.append(np.r_[log(P, P.sum(axis=1, keepdims=True)), log(folds, P.sum()), 1.0] if sure else np.zeros(P.size + 8))
+    return np.concatenate([*out, np.log(P @ degree.T + floor).ravel()])
 
 # %% ../../nbs/represent/48_spectra.ipynb #48a00018
 def dos_tokens(
