@@ -26,19 +26,20 @@ from .training import to_device
 from ..registry import objectives, representations
 from ..represent.crystal import CrystalGraph
 from ..represent.crystal_text import crystal_facts, describe, letters_for, masked, word_counts
-from ..represent.spectra import Xrd, dos_tokens
+from ..represent.spectra import BondOrientation, Xrd, dos_tokens
 
 # %% auto #0
 __all__ = ['MODALITIES', 'COMPUTED', 'KEYS', 'HAS', 'MODALITY_ENCODERS', 'SHARPEST', 'density_grid', 'CrystalViews', 'views_of',
-           'with_views', 'PatternEncoder', 'WordsEncoder', 'DosEncoder', 'DensityEncoder', 'info_nce', 'pair_names',
-           'Port', 'Multimodal', 'shaken', 'placed', 'pair_losses', 'in_common_space', 'ranks', 'without_modalities']
+           'with_views', 'PatternEncoder', 'WordsEncoder', 'VectorEncoder', 'DosEncoder', 'DensityEncoder', 'info_nce',
+           'pair_names', 'Port', 'Multimodal', 'shaken', 'crystal_states', 'placed', 'pair_losses', 'in_common_space',
+           'ranks', 'without_modalities']
 
 # %% ../../nbs/pretrain/64_multimodal.ipynb #64c00005
-MODALITIES = ("xrd", "text", "masked_text", "dos", "density")
-COMPUTED = ("xrd", "text", "masked_text")  # from the structure alone
+MODALITIES = ("xrd", "text", "masked_text", "orientation", "dos", "density")
+COMPUTED = ("xrd", "text", "masked_text", "orientation")  # from the structure alone
 KEYS, HAS = {m: f"modality_{m}" for m in MODALITIES}, {m: f"has_{m}" for m in MODALITIES}
 BATCH_KEYS.update({KEYS["xrd"]: "[B, K] float32, powder pattern, highest point 1", KEYS["text"]: "[B, K] float32, counts of hashed words",
-                   KEYS["masked_text"]: "[B, K] float32, counts of hashed words of a text without formula", KEYS["dos"]: "[B, P, 2] float32, energy and density of states, see dos_tokens",
+                   KEYS["masked_text"]: "[B, K] float32, counts of hashed words of a text without formula", KEYS["orientation"]: "[B, K] float32, which way the bonds point, see BondOrientation", KEYS["dos"]: "[B, P, 2] float32, energy and density of states, see dos_tokens",
                    KEYS["density"]: "[B, X, Y, Z] float32, log(1 + charge density over its mean) on a grid along the lattice vectors",
                    **{HAS[m]: "[B] bool, whether that modality is known" for m in MODALITIES}})
 
@@ -82,7 +83,7 @@ class CrystalViews(Spec):
 
     def shape(self, modality: str) -> tuple[int, ...]:
         "Of one crystal's array."
-        return {"xrd": (self.bins,), "text": (self.length,), "masked_text": (self.length,), "dos": (self.points, 2), "density": (self.grid,) * 3}[modality]
+        return {"xrd": (self.bins,), "text": (self.length,), "masked_text": (self.length,), "orientation": (len(BondOrientation().names),), "dos": (self.points, 2), "density": (self.grid,) * 3}[modality]
 
     def __call__(self, record: Any) -> Item: return with_views(self.graph(record), self, views_of(record, self))
     def size(self, item: Item) -> int: return int(self.graph.size(item))
@@ -99,6 +100,9 @@ def views_of(
     found: dict[str, np.ndarray] = {}
     if "xrd" in views.modalities:
         try: found["xrd"] = Xrd(bins=views.bins)(record)["x"]
+        except BadInput: pass
+    if "orientation" in views.modalities:
+        try: found["orientation"] = BondOrientation()(record)["x"]
         except BadInput: pass
     if wanted := {"text", "masked_text"} & set(views.modalities):
         try: facts = crystal_facts(record)
@@ -140,6 +144,11 @@ class WordsEncoder(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor: return super().forward(x.log1p())  # [B, K] -> [B, d]
 
 # %% ../../nbs/pretrain/64_multimodal.ipynb #64c00015
+class VectorEncoder(nn.Sequential):
+    "Logarithms of shares → vector."
+    def __init__(self, shape: Sequence[int], width: int): super().__init__(nn.Linear(shape[0], 2 * width), nn.GELU(), nn.LayerNorm(2 * width), nn.Linear(2 * width, width))
+    def forward(self, x: Tensor) -> Tensor: return super().forward(x / 5)  # [B, K] -> [B, d]
+
 class DosEncoder(nn.Module):
     "Density of states → vector: a transformer over tokens of neighbouring points."
     def __init__(self, shape: Sequence[int], width: int, patch: int = 8, depth: int = 2):
@@ -162,7 +171,7 @@ class DensityEncoder(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor: return super().forward(x[:, None])  # [B, X, Y, Z] -> [B, d]
 
 # %% ../../nbs/pretrain/64_multimodal.ipynb #64c00017
-MODALITY_ENCODERS: dict[str, Callable[[Sequence[int], int], nn.Module]] = {"xrd": PatternEncoder, "text": WordsEncoder, "masked_text": WordsEncoder, "dos": DosEncoder, "density": DensityEncoder}
+MODALITY_ENCODERS: dict[str, Callable[[Sequence[int], int], nn.Module]] = {"xrd": PatternEncoder, "text": WordsEncoder, "masked_text": WordsEncoder, "orientation": VectorEncoder, "dos": DosEncoder, "density": DensityEncoder}
 
 # %% ../../nbs/pretrain/64_multimodal.ipynb #64c0001b
 def info_nce(
@@ -207,20 +216,27 @@ class Multimodal(ObjectiveModule):
         temperature: float = 0.07,             # at the start
         noise: float = 0.02,                   # Å, standard deviation along each axis of what the crystal encoder sees
         hide: float = 0.1,                     # share of the words hidden
+        own: Sequence[str] = (),               # modalities on the crystal's own side: added to what its encoder says, and needed with it
     ):
         shapes = {pick(m, MODALITIES, "modality"): [int(n) for n in s] for m, s in shapes.items()}
-        if not shapes: raise BadInput(f"name at least one modality of {', '.join(MODALITIES)}")
+        own = [pick(m, list(shapes), "modality") for m in own]
+        if len(own) == len(shapes): raise BadInput(f"name at least one modality of {', '.join(MODALITIES)} that is to be found")
         if not 1 / SHARPEST <= temperature or noise < 0 or not 0 <= hide < 1: raise BadInput(f"temperature ≥ {1 / SHARPEST}, noise ≥ 0 Å, 0 ≤ hide < 1 are needed, got {temperature}, {noise} and {hide}")
-        super().__init__(width=width, shapes=shapes, space=space, inner=inner, all_pairs=all_pairs, temperature=temperature, noise=noise, hide=hide)
+        super().__init__(width=width, shapes=shapes, space=space, inner=inner, all_pairs=all_pairs, temperature=temperature, noise=noise, hide=hide, own=own)
         self.reads = tuple(k[m] for m in shapes for k in (KEYS, HAS))
         self.encoders = nn.ModuleDict({m: MODALITY_ENCODERS[m](s, inner) for m, s in shapes.items()})
-        self.ports = nn.ModuleDict({"crystal": Port(width, space), **{m: Port(inner, space) for m in shapes}})
+        self.ports = nn.ModuleDict({"crystal": Port(width, space), **{m: nn.Linear(inner, width) if m in own else Port(inner, space) for m in shapes}})
         self.log_scale = nn.Parameter(torch.tensor(-float(np.log(temperature))))
 
     @classmethod
     def for_encoder(cls, encoder: Any, representation: Any, **options: Any) -> Self:
         "The objective for the modalities of a representation."
         return cls(**{"width": encoder.width, "shapes": {m: representation.shape(m) for m in representation.modalities}, **options})
+
+    @property
+    def found(self) -> list[str]:
+        "Modalities that the crystal is to find."
+        return [m for m in self.config["shapes"] if m not in self.config["own"]]
 
     @property
     def scale(self) -> Tensor: return self.log_scale.exp().clamp(max=SHARPEST)
@@ -247,13 +263,23 @@ def shaken(
     return out
 
 # %% ../../nbs/pretrain/64_multimodal.ipynb #64c00027
+def crystal_states(
+    objective: Multimodal,
+    encoder: Any,            # of crystals
+    batch: Batch,
+) -> Tensor:                 # [B, d]
+    "What the encoder says of the crystals, and what their own modalities add."
+    h = encoder(batch).embedding
+    for m in objective.config["own"]: h = h + objective.modality(m, batch) * batch[HAS[m]][:, None]
+    return h
+
 def placed(
     objective: Multimodal,
     encoder: Any,            # of crystals
     batch: Batch,
-) -> dict[str, Tensor]:      # "crystal" and each modality → [B, p]
+) -> dict[str, Tensor]:      # "crystal" and each modality that it is to find → [B, p]
     "Crystals and modalities in the common space."
-    return {"crystal": objective.ports["crystal"](encoder(batch).embedding), **{m: objective.modality(m, batch) for m in objective.config["shapes"]}}
+    return {"crystal": objective.ports["crystal"](crystal_states(objective, encoder, batch)), **{m: objective.modality(m, batch) for m in objective.found}}
 
 # %% ../../nbs/pretrain/64_multimodal.ipynb #64c00028
 def pair_losses(
@@ -262,9 +288,9 @@ def pair_losses(
     batch: Batch,             # says which modality is known
 ) -> dict[str, Tensor]:
     "The mean loss of all pairs that at least two records have, and figures of each."
-    known = {"crystal": torch.ones(len(z["crystal"]), dtype=torch.bool, device=z["crystal"].device), **{m: batch[HAS[m]] for m in objective.config["shapes"]}}
+    known = {"crystal": torch.ones(len(z["crystal"]), dtype=torch.bool, device=z["crystal"].device), **{m: batch[HAS[m]] for m in objective.found}}
     losses, out = [], {"temperature": 1 / objective.scale.detach()}
-    for a, b in pair_names(list(objective.config["shapes"]), objective.config["all_pairs"]):
+    for a, b in pair_names(objective.found, objective.config["all_pairs"]):
         both = known[a] & known[b]
         x, y = z[a][both], z[b][both]
         each = info_nce(x, y, objective.scale)
