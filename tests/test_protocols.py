@@ -1,5 +1,6 @@
 "Protocols: no leak whatever the table, the statistics against scikit-learn, and runs that can be cut off."
 import numpy as np
+import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -129,3 +130,12 @@ def test_many_comparisons_warn_and_sets_are_compared():
 
 def test_protocol_fields():
     assert Protocol().digest == Protocol(folds=5).digest != Protocol(folds=4).digest
+
+
+def test_a_final_test_of_the_newest_rows_when_most_are_new(table):
+    from matfm.data.records import Records
+    dated = lambda years: Records(table.frame.with_columns(year=pl.Series(years, dtype=pl.Float64)), "molecule", table.targets)
+    n = len(table)
+    made = plan("time", dated([2000 + i % 3 for i in range(n // 2)] + [2003] * (n - n // 2)), column="year", folds=2, test=0.2)
+    assert len(made.final.test) == n - n // 2 and min(made.final.test) == n // 2
+    with pytest.raises(BadInput, match="older"): plan("time", dated([2000] * n), column="year", folds=2, test=0.2)

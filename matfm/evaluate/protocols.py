@@ -188,6 +188,8 @@ def _apart(p: Protocol, records: Records, keys: Sequence[Hashable]) -> tuple[np.
     if p.by == "time":
         when = times_of(records, p.column)
         border = np.nanquantile(when, 1 - p.test)
+        if not (when > border).any(): border = np.nanmax(when[when < np.nanmax(when)], initial=-np.inf)  # many rows have the newest time: all of them
+        if not (when <= border).any(): raise BadInput("rows of one time only: none are older than the final test")
         return rows[when <= border], rows[when > border]
     rng, members = np.random.default_rng([p.seed, 30]), dict[Hashable, list[int]]()
     for i, k in enumerate(keys): members.setdefault(k, []).append(i)
