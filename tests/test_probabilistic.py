@@ -160,3 +160,32 @@ def test_refusals():
     with pytest.raises(BadInput, match="5 to 6,000 rows"): fit_gp(np.zeros((2, 1)), np.zeros(2))
     with pytest.raises(BadInput, match="finite embeddings"): fit_gp(np.full((9, 1), np.nan), np.zeros(9))
     with pytest.raises(BadInput, match="no forecast from a int"): forecast(3, None)
+
+
+def test_the_plain_reader_says_what_to_call(boiling, tmp_path):
+    from matfm.adapt.finetune import load_model
+    from matfm.adapt.probabilistic import load_deep_ensemble
+    from matfm.adapt.tables import load_predictor
+    table, net, task = boiling
+    made = fit_distribution(net, task, table, table, "gaussian", FinetuneSpec(epochs=1, batch_size=8, accelerator="cpu", threads=1))
+    made.save_pretrained(tmp_path / "one")
+    Ensemble([made, made]).save_pretrained(tmp_path / "many")
+    for read, folder in ((load_model, "one"), (load_predictor, "one"), (Ensemble.load, "many")):
+        with pytest.raises(BadInput, match="load_distribution"): read(tmp_path / folder)
+    assert len(load_deep_ensemble(tmp_path / "many")) == 2
+
+
+def test_stacked_forecasts_are_its_own_errors_and_not_a_normal_distribution():
+    from matfm.adapt.stacked import LIGHT, fit_stacked
+    rng = np.random.default_rng(0)
+    smiles = ["C" * a + x + "C" * b for a in range(1, 7) for b in range(7) for x in ("O", "N", "S", "C(=O)")]
+    y = np.array([len(s) + rng.standard_t(2) for s in smiles])
+    table, _ = molecules(smiles, {"y": y, "c": (y > np.median(y)).astype(float)})
+    made = fit_stacked(table, LIGHT)
+    f, _ = forecast(made, table)
+    for level in (0.5, 0.9, 0.95):
+        p = made.predict(table, level)[0]
+        assert f.interval(level)[0][:, 0] == pytest.approx(p["y_lower"].to_numpy()) and f.interval(level)[1][:, 0] == pytest.approx(p["y_upper"].to_numpy())
+    low, high = f.interval(0.5)
+    assert (high[:, 0] - low[:, 0] < 1.3 * f.std[:, 0]).all(), "heavy tails: the middle half is narrower than a normal distribution's"
+    assert np.isfinite(f.quantile(0.001)).all() and f.quantile(0.5) == pytest.approx(f.mean)

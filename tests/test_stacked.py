@@ -394,3 +394,90 @@ def test_rows_are_left_out_in_rows_or_in_features():
         rest = np.setdiff1d(np.arange(60), h)
         w = np.linalg.solve(A[rest].T @ A[rest] + 0.3 * np.eye(7), A[rest].T @ z[rest])
         np.testing.assert_allclose(stacked.left_out(A[h], inverse, r[h]), z[h] - A[h] @ w, atol=1e-9)
+
+
+# ---- intervals at any level ------------------------------------------------------------------------------------------
+
+def test_coverage_at_every_level():
+    "Over seeds within three points, where a normal distribution of the same spread is ten points too wide at the median."
+    from matfm.evaluate.uncertainty import SplitConformal
+    levels, held, normal = (0.5, 0.8, 0.9, 0.95), [], []
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        size, apart, near = 1200, rng.lognormal(size=1200) + 0.1, rng.random(1200)
+        error = rng.standard_t(3, size=size) * 0.3 * apart**0.5 * np.exp(1.2 * (1 - near))
+        fit, new = slice(0, 600), slice(600, size)
+        spread = stacked.Spread.fit(error[fit], apart[fit], near[fit])
+        std = spread(apart, near)
+        t = stacked.Target("y", "regression", "", {}, np.ones(1), {}, spread=spread, conformal=SplitConformal(0.9).fit(error[fit], np.zeros(600), std[fit]), errors=np.sort(np.abs(error[fit]) / std[fit]))
+        ends = [t.at_level(v).interval(np.zeros(600), std[new]) for v in levels]
+        held.append([coverage(error[new], *e) for e in ends])
+        normal.append(coverage(error[new], -0.6745 * std[new], 0.6745 * std[new]))
+        assert t.at_level(0.9) is t.conformal and t.at_level() is t.conformal
+    assert np.abs(np.mean(held, axis=0) - levels).max() < 0.03 and np.mean(normal) - 0.5 > 0.1
+
+
+def test_levels_of_a_fitted_model(table, tmp_path):
+    one = replace(table, targets={"logp": ""})
+    made = fit_stacked(one.take(np.arange(80)), StackedSpec(members=("kernel",)))
+    held = one.take(np.arange(80, len(one)))
+    widths = [(lambda p: float((p["logp_upper"] - p["logp_lower"]).mean()))(made.predict(held, v)[0]) for v in (0.3, 0.5, 0.8, 0.9, 0.95)]
+    assert widths == sorted(widths) and widths[1] < 0.7 * widths[3] and made.predict(held)[0].equals(made.predict(held, 0.9)[0])
+    assert np.isinf(made.predict(held, 0.99)[0]["logp_upper"].to_numpy()).all(), "eighty errors cannot promise 99 %"
+    made.save_pretrained(tmp_path)
+    assert Stacked.load(tmp_path).predict(held, 0.5)[0].equals(made.predict(held, 0.5)[0])
+    assert pl.concat(made.stream(held.structures(), 0.5))["logp_lower"].to_list() == pytest.approx(made.predict(held, 0.5)[0]["logp_lower"].to_list())
+    for wrong in (0.0, 1.0, -1, 50):
+        with pytest.raises(BadInput, match="between 0 and 1"): made.predict(held, wrong)
+
+
+def test_models_that_were_saved_before_load_and_keep_their_level(table, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    from matfm.core import sha256_file
+    one = replace(table, targets={"logp": ""})
+    made = fit_stacked(one.take(np.arange(80)), StackedSpec(members=("kernel",)))
+    made.save_pretrained(tmp_path)
+    arrays = load_file(tmp_path / "model.safetensors")
+    assert len(arrays.pop("0.errors")) == 80
+    save_file(arrays, tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "stacked.json").read_text())
+    (tmp_path / "stacked.json").write_text(json.dumps({**config, "weights_sha256": sha256_file(tmp_path / "model.safetensors")}))
+    old, held = Stacked.load(tmp_path), one.take(np.arange(80, len(one)))
+    assert old.predict(held)[0].equals(made.predict(held)[0]) and old.predict(held, 0.9)[0].equals(made.predict(held)[0])
+    with pytest.raises(BadInput, match="hold 90%.*fit it again"): old.predict(held, 0.5)
+
+
+def test_the_level_of_a_table(table, tmp_path):
+    from typer.testing import CliRunner
+
+    from matfm.app.bulk import predict_file
+    from matfm.app.cli import app
+    made = fit_stacked(table.take(np.arange(80)), stacked.LIGHT.replace(folds=2))
+    made.save_pretrained(tmp_path / "m")
+    table.take(np.arange(80, 100)).frame.select("smiles").write_csv(tmp_path / "new.csv")
+    said = CliRunner().invoke(app, ["predict", str(tmp_path / "m"), str(tmp_path / "new.csv"), "--out", str(tmp_path / "half.csv"), "--jobs", "1", "--level", "0.5"])
+    assert said.exit_code == 0, said.output
+    predict_file(tmp_path / "m", tmp_path / "new.csv", tmp_path / "whole.csv", jobs=1)
+    half, whole = pl.read_csv(tmp_path / "half.csv"), pl.read_csv(tmp_path / "whole.csv")
+    assert half["logp_pred"].equals(whole["logp_pred"]) and (half["logp_upper"] < whole["logp_upper"]).all() and half["greasy_lower"].is_null().all()
+    said = CliRunner().invoke(app, ["predict", str(tmp_path / "m"), str(tmp_path / "new.csv"), "--out", str(tmp_path / "x.csv"), "--level", "50"])
+    assert said.exit_code == 2 and "between 0 and 1" in said.output and not (tmp_path / "x.csv").exists()
+
+
+# ---- nothing left ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("light", [True, False])
+def test_compositions_of_which_none_can_be_read(oxides, light):
+    made = fit_stacked(oxides, stacked.LIGHT if light else stacked.MATERIALS.replace(encoder=""))
+    bad = Records(pl.DataFrame({"id": ["a", "b"], "formula": ["Qq2O", "??"], "space_group": [1, 2]}), "composition", {})
+    p, rejected = made.predict(bad)
+    assert p.columns == made.predict(oxides)[0].columns and p["id"].to_list() == ["a", "b"] and p["gap"].is_nan().all() and p["in_domain"].is_null().all()
+    assert rejected.frame["row"].to_list() == [0, 1] and made.predict(bad.take(np.arange(0)))[0].columns == p.columns and len(made.predict(bad.take(np.arange(0)))[0]) == 0
+
+
+def test_crystals_of_which_none_are_left(solids):
+    made = fit_stacked(solids[0], stacked.CRYSTALS.replace(members=("kernel", "trees"), encoder=""))
+    p, rejected = made.predict(solids[1].take(np.arange(0)))
+    assert len(p) == 0 and not len(rejected) and p.columns == made.predict(solids[1])[0].columns
+    assert [len(f) for f in made.stream(["no crystal"])] == [1]

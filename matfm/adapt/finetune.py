@@ -332,6 +332,7 @@ def load_model(folder: str | Path) -> Model:
     "Read a model's folder; offline, nothing unpickled."
     folder = Path(folder)
     c = read_config(folder, MODEL_FIELDS)
+    if "kind" in c["heads"]: raise BadInput(f"{folder} holds a model that predicts distributions: read it with matfm.adapt.probabilistic.load_distribution, an ensemble of such with load_deep_ensemble")
     with torch.random.fork_rng(devices=[]):  # fresh weights are drawn and overwritten; the caller's random state stays as it was
         heads = Heads.from_config(c["heads"])
         predictor = Predictor(build_checked(encoders, c["encoder"]), heads, TargetTransform(heads.task)).eval()

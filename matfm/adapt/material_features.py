@@ -224,7 +224,7 @@ def structure_values(
     for name in sees:
         x, kept, bad = matrix(representations.build({"name": name}), records.take(rows))
         rejected += _left(records, rows, bad)
-        values, rows = np.hstack([values[kept], x.reshape(len(kept), -1)]), rows[kept]
+        values, rows = np.hstack([values[kept], x.reshape(len(kept), x.size // max(len(kept), 1))]), rows[kept]
     return values, rows, rejected
 
 def structure_items(

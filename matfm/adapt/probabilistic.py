@@ -35,11 +35,11 @@ from ..models.zoo import Pretrained, build_checked, load_pretrained, load_weight
 from ..registry import encoders, representations
 
 # %% auto #0
-__all__ = ['LEVELS', 'PARAMETERS', 'EVIDENCE', 'MOST_ROWS', 'Forecast', 'DistributionHeads', 'constrained', 'distribution_loss',
-           'DistributionPredictor', 'score', 'distribution_module', 'Probabilistic', 'make_distribution',
-           'fit_labelled_distribution', 'fit_distribution', 'forecast_items', 'log_marginal', 'GaussianProcess',
-           'fit_gp', 'GaussianProcessModel', 'fit_gp_model', 'forecast', 'load_distribution', 'load_deep_ensemble',
-           'save_gp_model', 'load_gp_model']
+__all__ = ['LEVELS', 'PARAMETERS', 'EVIDENCE', 'MOST_ROWS', 'CENTRAL', 'Forecast', 'DistributionHeads', 'constrained',
+           'distribution_loss', 'DistributionPredictor', 'score', 'distribution_module', 'Probabilistic',
+           'make_distribution', 'fit_labelled_distribution', 'fit_distribution', 'forecast_items', 'log_marginal',
+           'GaussianProcess', 'fit_gp', 'GaussianProcessModel', 'fit_gp_model', 'forecast', 'load_distribution',
+           'load_deep_ensemble', 'save_gp_model', 'load_gp_model']
 
 # %% ../../nbs/adapt/77_probabilistic.ipynb #pb000005
 @dataclass(eq=False)
@@ -515,13 +515,26 @@ def forecast(
     return Forecast(f.names, mean, std, unknown, whole(f.dof), f.levels, whole(f.ends)), rejected  # type: ignore[arg-type]
 
 # %% ../../nbs/adapt/77_probabilistic.ipynb #pb000055
+CENTRAL = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
+
+def _ends_of(t: Any, mean: np.ndarray, std: np.ndarray) -> tuple[list[float], np.ndarray]:
+    "Quantiles of a stacked predictor's target: of a number by its own errors out of fold, of a class (or a model saved without them) by a normal distribution."
+    from scipy.stats import norm
+    q = {c: t.at_level(c).quantile if t.errors is not None else float(norm.ppf((1 + c) / 2)) for c in CENTRAL}
+    half = {c: v for c, v in q.items() if v is not None}  # of few rows the outermost are infinite
+    levels = [*((1 - c) / 2 for c in reversed(half)), 0.5, *((1 + c) / 2 for c in half)]
+    return levels, np.stack([*(mean - half[c] * std for c in reversed(half)), mean, *(mean + v * std for v in half.values())], -1)
+
 def _of_stacked(model: Stacked, records: Records) -> tuple[Forecast, Rejected]:
     "The stacked predictor's answer and error estimate."
     table, rejected = model.predict(records)
     names = [t.name for t in model.targets]
     mean = table.select(names).to_numpy()
     std = np.column_stack([table[f"{n}_std"].to_numpy() if f"{n}_std" in table.columns else np.sqrt(table[n].to_numpy() * (1 - table[n].to_numpy())) for n in names])
-    return Forecast(names, mean, std, np.zeros_like(mean)), rejected
+    found = [_ends_of(t, mean[:, k], std[:, k]) for k, t in enumerate(model.targets)]
+    levels = [v for v in found[0][0] if all(v in f[0] for f in found)]
+    ends = np.stack([f[1][:, [f[0].index(v) for v in levels]] for f in found], 1)
+    return Forecast(names, mean, std, np.zeros_like(mean), None, tuple(levels), ends), rejected
 
 # %% ../../nbs/adapt/77_probabilistic.ipynb #pb000059
 def load_distribution(folder: str | Path) -> Probabilistic:

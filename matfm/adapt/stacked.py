@@ -25,7 +25,7 @@ from ..core import BadInput, Spec, atomic_write, pick, sha256_file
 from ..data.records import Records, Rejected, crystals
 from ..evaluate.baselines import Platt, dealt_folds, squared_distance
 from ..evaluate.metrics import evaluate
-from ..evaluate.uncertainty import SplitConformal
+from ..evaluate.uncertainty import SplitConformal, conformal_rank
 from ..run.results import Metric, html_table, usable_cores
 
 if TYPE_CHECKING:
@@ -505,6 +505,7 @@ class Target:
     curves: tuple[Platt, ...] = ()     # classes
     spread: Spread | None = None       # regression
     conformal: SplitConformal | None = None
+    errors: np.ndarray | None = None   # [n], out of fold in units of the spread, rising; None: saved without, and there is one level
     unseen: np.ndarray | None = None   # [n], what was predicted of each row by models that had not seen it; after fitting only
 
     @property
@@ -523,12 +524,21 @@ class Target:
             return p, np.sqrt(p * (1 - p))
         return self.scale.invert(scores @ self.weights), self.answers(scores).std(axis=1)
 
-    def predict(self, scores: np.ndarray, near: np.ndarray) -> dict[str, np.ndarray]:
+    def at_level(self, level: float | None = None) -> SplitConformal:
+        "Intervals that hold this share of truths; None: the share that was asked when fitting."
+        c = self.conformal
+        if c is None: raise BadInput(f"{self.name} is a class: its answer is a probability, without an interval")
+        if level is None or level == c.level: return c
+        if self.errors is None: raise BadInput(f"the intervals of {self.name} hold {c.level:.0%}, and the model was saved without the errors that another level needs: fit it again, or leave the level out")
+        k = conformal_rank(len(self.errors), SplitConformal(level).level)
+        return SplitConformal(level, None if k is None else float(self.errors[k - 1]), True, len(self.errors))
+
+    def predict(self, scores: np.ndarray, near: np.ndarray, level: float | None = None) -> dict[str, np.ndarray]:  # level: see `at_level`
         "Columns of the prediction; for classes the probability of class 1."
         p, apart = self.combine(scores)
         if self.spread is None or self.conformal is None: return {self.name: p}
         std = self.spread(apart, near)
-        low, high = self.conformal.interval(p, std)
+        low, high = self.at_level(level).interval(p, std)
         return {self.name: p, f"{self.name}_std": std, f"{self.name}_lower": low, f"{self.name}_upper": high}
 
 # %% ../../nbs/adapt/68_stacked.ipynb #st000059
@@ -654,7 +664,8 @@ def fit_target(
     p, apart = made.combine(scores)
     near = nearest(F, F, folds[0])
     made.spread = Spread.fit(y - p, apart, near)
-    made.conformal = SplitConformal(spec.level).fit(y, p, made.spread(apart, near))
+    std = made.spread(apart, near)
+    made.conformal, made.errors = SplitConformal(spec.level).fit(y, p, std), np.sort(np.abs(y - p) / np.maximum(std, 1e-12))
     return made
 
 # %% ../../nbs/adapt/68_stacked.ipynb #st000066
@@ -680,14 +691,19 @@ class Stacked:
         from matfm.models.heads import Output, Task
         return Task(tuple(Output(t.name, t.kind, t.unit) for t in self.targets))
 
-    def predict(self, records: Records) -> tuple[pl.DataFrame, Rejected]:
+    def at_level(self, level: float | None) -> Stacked:
+        "Itself, once it is sure that its intervals can hold this share of truths."
+        for t in self.targets: t.conformal and t.at_level(level)
+        return self
+
+    def predict(self, records: Records, level: float | None = None) -> tuple[pl.DataFrame, Rejected]:  # level: share of truths an interval holds; None: `spec.level`
         "One row per record, in order; NaN and null where it could not be read."
-        done = [predict_batch(self, records.take(np.arange(s, min(s + self.batch, len(records)))), s) for s in range(0, max(len(records), 1), self.batch)]
+        done = [predict_batch(self, records.take(np.arange(s, min(s + self.batch, len(records)))), s, level) for s in range(0, max(len(records), 1), self.batch)]
         return pl.concat([d[0] for d in done]), Rejected(pl.concat([d[1].frame for d in done]))
 
-    def stream(self, structures: Iterable[Any]) -> Iterator[pl.DataFrame]:
+    def stream(self, structures: Iterable[Any], level: float | None = None) -> Iterator[pl.DataFrame]:
         "Predictions of any number of SMILES, formulas or texts of crystals, a table a batch; `id` counts from 0."
-        return stream_predictions(self, structures)
+        return stream_predictions(self, structures, level)
 
     def evaluate(self, records: Records, seed: int = 0) -> list[Metric]:
         "Every metric of every target, with bootstrap intervals."
@@ -705,16 +721,17 @@ def predict_batch(
     model: Stacked,
     records: Records,
     first: int = 0,    # number of the batch's first row, for the rejected
+    level: float | None = None,  # share of truths an interval holds
 ) -> tuple[pl.DataFrame, Rejected]:
     "Predictions of one batch."
     uses = model.uses
     F, kept, rejected = model.reader(records, uses)
     each = [overlap(bits) for overlap, bits in zip(model.train.overlaps, F.prints, strict=False)]
     similar, near = mean_similarity(each) if "prints" in uses else np.zeros((len(F), len(model.train))), each[0].max(axis=1).astype(np.float64)
-    columns: dict[str, Any] = {"id": records.ids}
+    columns: dict[str, Any] = {"id": pl.Series(records.ids, dtype=pl.String)}
     for t in model.targets:
-        scores = np.column_stack([m.scores(F, similar, model.train) if name in t.active else np.zeros(len(F)) for name, m in t.members.items()])
-        for name, v in t.predict(scores, near).items(): columns[name] = _spread_out(v, kept, len(records))
+        scores = np.column_stack([m.scores(F, similar, model.train) if len(kept) and name in t.active else np.zeros(len(F)) for name, m in t.members.items()])
+        for name, v in t.predict(scores, near, level).items(): columns[name] = _spread_out(v, kept, len(records))
     columns["similarity"] = _spread_out(near, kept, len(records))
     return pl.DataFrame(columns).with_columns(in_domain=pl.col("similarity").fill_nan(None) >= model.limit), Rejected(rejected.frame.with_columns(pl.col("row") + first))
 
@@ -724,13 +741,13 @@ def _spread_out(values: np.ndarray, rows: np.ndarray, n: int) -> np.ndarray:
     out[rows] = values
     return out
 
-def stream_predictions(model: Stacked, structures: Iterable[Any]) -> Iterator[pl.DataFrame]:
+def stream_predictions(model: Stacked, structures: Iterable[Any], level: float | None = None) -> Iterator[pl.DataFrame]:
     "Predictions batch by batch; what cannot be read has no value."
     source, first = iter(structures), 0
     while batch := list(islice(source, model.batch)):
         ids = [str(first + i) for i in range(len(batch))]
-        if model.reader.domain == "crystal": yield pl.DataFrame({"id": ids}).join(predict_batch(model, crystals(batch, ids=ids)[0])[0], on="id", how="left", maintain_order="left")
-        else: yield predict_batch(model, Records(pl.DataFrame({"id": ids, model.reader.columns[0]: pl.Series(batch, dtype=pl.String)}), model.reader.domain, {}, canonical=False))[0]
+        if model.reader.domain == "crystal": yield pl.DataFrame({"id": ids}).join(predict_batch(model, crystals(batch, ids=ids)[0], level=level)[0], on="id", how="left", maintain_order="left")
+        else: yield predict_batch(model, Records(pl.DataFrame({"id": ids, model.reader.columns[0]: pl.Series(batch, dtype=pl.String)}), model.reader.domain, {}, canonical=False), level=level)[0]
         first += len(batch)
 
 # %% ../../nbs/adapt/68_stacked.ipynb #st000070
@@ -799,6 +816,7 @@ def save_stacked(
     folder, arrays, targets = Path(folder), {"descriptors": model.train.descriptors, "embedding": model.train.embedding}, []
     for name, p in zip(model.reader.prints, model.train.prints, strict=True): arrays |= {f"{name}.columns": p.indices.astype(np.int32), f"{name}.ends": p.indptr.astype(np.int64)}
     for i, t in enumerate(model.targets):
+        if t.errors is not None: arrays[f"{i}.errors"] = t.errors
         states = {name: m.state() for name, m in t.members.items()}
         arrays |= {f"{i}.{name}.{k}": v for name, (_, a) in states.items() for k, v in a.items()}
         targets.append({"name": t.name, "kind": t.kind, "unit": t.unit, "members": {n: c for n, (c, _) in states.items()}, "weights": t.weights.tolist(), "about": t.about,
@@ -836,7 +854,8 @@ class OfStructures:
     @property
     def representation(self) -> Reader: return self.stack.reader  # what is said of the records that are read
     def __len__(self) -> int: return max(len(t.members) for t in self.stack.targets)
-    def predict(self, records: Records) -> tuple[pl.DataFrame, Rejected]: return self.stack.predict(records)
+    def at_level(self, level: float | None) -> OfStructures: return OfStructures(self.stack.at_level(level))
+    def predict(self, records: Records, level: float | None = None) -> tuple[pl.DataFrame, Rejected]: return self.stack.predict(records, level)
     def evaluate(self, records: Records, seed: int = 0) -> list[Metric]: return self.stack.evaluate(records, seed)
     def __repr__(self) -> str: return repr(self.stack)
     def _repr_html_(self) -> str: return self.stack._repr_html_()
@@ -865,4 +884,4 @@ def _target(i: int, t: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> T
         cls: Any = {"boosting": BoostingMember, "trees": TreesMember}.get(pick(name, MEMBERS, "member"), KernelMember)
         members[name] = cls.restore(c, {k.split(".")[2]: v for k, v in arrays.items() if k.startswith(f"{i}.{name}.")})
     return Target(t["name"], t["kind"], t["unit"], members, np.array(t["weights"]), t["about"], Scale.from_dict(t["scale"]), tuple(Platt.from_dict(c) for c in t["curves"]),
-                  t["spread"] and Spread.from_dict(t["spread"]), t["conformal"] and SplitConformal.from_dict(t["conformal"]))
+                  t["spread"] and Spread.from_dict(t["spread"]), t["conformal"] and SplitConformal.from_dict(t["conformal"]), arrays.get(f"{i}.errors"))

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 __all__ = ['DEFAULT_CHECKPOINT', 'DEFAULT_ENCODER', 'RATE', 'DEFAULT_SPLIT', 'FOREST', 'TREES', 'LEVEL', 'LARGER', 'RESERVED',
            'structure_column', 'read_labelled', 'task_of', 'starting_point', 'configured', 'split_table',
            'against_baselines', 'tested_limits', 'record_groups', 'group_limits', 'finetuned_sheet', 'asked_for',
-           'start_folder', 'finetune_table', 'load_predictor', 'predict_table', 'read_unlabelled', 'pretrained_sheet',
-           'pretrain_table']
+           'start_folder', 'finetune_table', 'load_predictor', 'leveled', 'predict_table', 'read_unlabelled',
+           'pretrained_sheet', 'pretrain_table']
 
 # %% ../../nbs/adapt/81_tables.ipynb #462edcd1
 def _said(smiles: str | None, cif: str | None, formula: str | None) -> tuple[str | None, str]:
@@ -344,17 +344,31 @@ def _rows(table: pl.DataFrame | str | os.PathLike, smiles: str | None, cif: str 
     good, bad = made.records.frame.select(pl.col("id").alias("row"), shown), made.rejected.frame.select(pl.col("id").alias("row"), pl.lit(None, pl.String).alias(shown))
     return pl.concat([good, bad]), made.records, made.rejected
 
+# %% ../../nbs/adapt/81_tables.ipynb #lv000002
+def leveled(
+    model: Any,           # an ensemble, or a stacked predictor
+    level: float | None,  # share of truths an interval is to hold; None: as calibrated
+) -> Any:
+    "The model itself, once it is sure that its intervals can hold that share."
+    if level is None: return model
+    if not 0 < level < 1: raise BadInput(f"level must lie between 0 and 1, got {level}")
+    if hasattr(model, "at_level"): return model.at_level(level)
+    held = {c.level for c in getattr(model, "conformal", {}).values()}
+    if held - {level}: raise BadInput(f"this network was calibrated to hold {min(held):.0%}: leave the level out, or fit a stacked predictor, which can be asked for any")
+    return model
+
 # %% ../../nbs/adapt/81_tables.ipynb #20a9954f
 def predict_table(
     model: Any,                               # an `Ensemble` or the folder of one, or a stacked predictor of crystals
     table: pl.DataFrame | str | os.PathLike,  # or its file, or a folder of CIF files
     smiles: str | None = None,                # column with SMILES; neither: recognised by its name and content
     cif: str | None = None,                   # column with CIF or POSCAR text
+    level: float | None = None,               # share of truths an interval holds; None: as calibrated. Networks have one level
 ) -> tuple[pl.DataFrame, Rejected]:           # `row` (a number, or the name of a file), the structures, predictions, `reason`; the rows without one
     "Each row's prediction, with interval where the model is calibrated, and the reason where there is none."
     loaded: Any = load_predictor(model) if isinstance(model, (str, os.PathLike)) else model
     rows, records, unread = _rows(table, smiles, cif, loaded.representation.domain)
-    made, unfit = loaded.predict(records)
+    made, unfit = leveled(loaded, level).predict(records, **({} if level is None or not hasattr(loaded, "at_level") else {"level": level}))
     place = {name: i for i, name in enumerate(rows["row"])}
     rejected = unread + Rejected([(i, place[i], v, why) for i, _, v, why in unfit.frame.rows()])
     found = rows.join(_outputs(loaded, made), on="row", how="left", maintain_order="left")

@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from ..adapt.tables import FOREST, LEVEL, TREES, against_baselines, group_limits, load_predictor, predict_table, record_groups, split_table, start_folder, structure_column, tested_limits
+from ..adapt.tables import FOREST, LEVEL, TREES, against_baselines, group_limits, leveled, load_predictor, predict_table, record_groups, split_table, start_folder, structure_column, tested_limits
 from ..core import BadInput, MatfmError, atomic_write, pick, sha256_file, sha256_text
 from ..data.files import crystal_keys, crystals_at, read, structure_files
 from ..data.records import Records, Rejected, crystals
@@ -263,6 +264,7 @@ def answers_of(
     model: Any,                  # from `open_model`
     near: Domain | None,         # of networks
     structures: Sequence[str],   # SMILES, CIF …
+    level: float | None = None,  # share of truths an interval holds; None: as calibrated
 ) -> Answer:
     "Predictions as text."
     first = {s: i for i, s in enumerate(dict.fromkeys(structures))}
@@ -271,10 +273,10 @@ def answers_of(
         names = model.reader.columns
         cells_in = zip(*(s.rsplit("\t", len(names) - 1) for s in clean), strict=True) if len(names) > 1 else [clean]
         records = Records(pl.DataFrame({"id": [str(i) for i in range(len(clean))], **{n: pl.Series(v, dtype=pl.String) for n, v in zip(names, cells_in, strict=True)}}), model.reader.domain, {}, canonical=False)
-        frame, rejected = model.predict(records)
+        frame, rejected = model.predict(records, level)
     else:
         molecules = model.representation.domain == "molecule"
-        frame, rejected = predict_table(model, pl.DataFrame({"structure": clean}, {"structure": pl.String}), **{"smiles" if molecules else "cif": "structure"})
+        frame, rejected = predict_table(model, pl.DataFrame({"structure": clean}, {"structure": pl.String}), level=level, **{"smiles" if molecules else "cif": "structure"})
         if near is not None: frame = frame.with_columns(in_domain=pl.Series(near.holds(clean), dtype=pl.Boolean))
     cells = cells_of(frame, [t.name for t in model.targets] if stacked else list(model.task.names))
     why = dict(rejected.frame.select("row", "reason").rows())
@@ -282,23 +284,25 @@ def answers_of(
     return [cells[k] for k in places], {i: why[k] for i, k in enumerate(places) if k in why}
 
 # %% ../../nbs/app/96_bulk.ipynb #bk000024a
-def open_answers(folder: str) -> Callable[[list[str]], Answer]:
+def open_answers(folder: str, level: float | None = None) -> Callable[[list[str]], Answer]:
     "How a worker opens a model's folder."
     model, near = open_model(folder), load_domain(Path(folder))
-    return lambda structures: answers_of(model, near, structures)
+    return lambda structures: answers_of(model, near, structures, level)
 
 def open_crystals(
     argument: str,  # JSON: the model's folder; the folder or archive of crystals
+    level: float | None = None,  # share of truths an interval holds; None: as calibrated
 ) -> Callable[[list[str]], Answer]:
     "How a worker opens a model and a folder; it answers keys of `crystal_keys` with formula and prediction."
     folder, source = json.loads(argument)
-    model = open_model(folder)
+    model = leveled(open_model(folder), level)
+    more = {"level": level} if level is not None and hasattr(model, "at_level") else {}
     def answer(keys: list[str]) -> Answer:
         found: list[Any] = crystals_at(source, keys)
         cells: list[list[str]] = [[] for _ in keys]
         records, rejected = crystals([c for c in found if not isinstance(c, str)], ids=[i for i, c in enumerate(found) if not isinstance(c, str)])
         if len(records):
-            frame, unfit = model.predict(records)
+            frame, unfit = model.predict(records, **more)
             rejected = rejected + unfit
             for i, formula, row in zip(map(int, records.ids), records.frame["formula"], cells_of(frame, model.task.names), strict=True): cells[i] = [formula, *row]
         why = {int(i): reason for i, reason in rejected.frame.select("id", "reason").rows()}
@@ -435,10 +439,10 @@ def _content(file: Path) -> str:
     if file.is_file(): return sha256_file(file)
     return sha256_text(json.dumps([(n, (s := (file / n).stat()).st_size, s.st_mtime_ns) for n in structure_files(file)[1]]))
 
-def _plan(folder: Path, file: Path, header: list[str], column: str, new: list[str], rows: int) -> dict[str, Any]:
+def _plan(folder: Path, file: Path, header: list[str], column: str, new: list[str], rows: int, level: float | None = None) -> dict[str, Any]:
     "What decides about every byte of the output."
     files = {p.relative_to(folder).as_posix(): sha256_file(p) for p in sorted(folder.rglob("*")) if p.suffix in (".json", ".safetensors")}
-    return {"model": sha256_text(json.dumps(files)), "table": _content(file), "header": header, "structure": column, "added": new, "rows": rows}
+    return {"model": sha256_text(json.dumps(files)), "table": _content(file), "header": header, "structure": column, "added": new, "rows": rows, **({} if level is None else {"level": level})}
 
 # %% ../../nbs/app/96_bulk.ipynb #bk000033b
 def _part_folder(out: Path, plan: dict[str, Any]) -> tuple[Path, set[int]]:
@@ -511,10 +515,11 @@ def predict_whole(
     file: Path,        # e.g. an extended XYZ file
     out: Path,
     cif: str | None = None,
+    level: float | None = None,
 ) -> Bulk:
     "Predict what is read as a whole: the names of the structures take the place of a table's columns."
     begun = time.perf_counter()
-    frame, rejected = predict_table(model, file, cif=cif)
+    frame, rejected = predict_table(model, file, cif=cif, level=level)
     targets = list(model.task.names)
     names = ["row", *(c for c in ("formula", "smiles") if c in frame.columns)]
     _write(out, [names + added_columns(targets), *([*r, *c] for r, c in zip(frame.select(names).rows(), cells_of(frame, targets), strict=True))])
@@ -547,21 +552,23 @@ def predict_file(
     progress: bool = False,
     opener: Any = None,         # how a worker opens the model; None: `open_answers`, for a folder of crystals `open_crystals`
     formula: str | None = None, # column with chemical formulas
+    level: float | None = None, # share of truths an interval holds; None: as calibrated. Networks have one level
 ) -> Bulk:
     "Predict a table of any size; the same call goes on with what was cut off."
     from tqdm.auto import tqdm
     begun, folder, file, out = time.perf_counter(), Path(model), Path(file), Path(out)
     targets, domain, beside = asked_of(folder)
+    if level is not None: leveled(open_model(folder), level)
     whole = beside is None and domain == "crystal" and not is_streamed(file)
     inside = whole and is_folder(file)
-    if whole and not inside: return predict_whole(open_model(folder), file, out, cif)
+    if whole and not inside: return predict_whole(open_model(folder), file, out, cif, level)
     header, column = (["row", "file"], 1) if inside else _chosen_column(file, smiles, cif, domain, formula)
     more = [header.index(pick(c, header, "column")) for c in beside or ()]
     _no_clash(header, targets)
     new, rows = ["formula"] * inside + added_columns(targets), rows or (200 if inside else 1000)
     waiting, total = dict[int, Any](), [0, 0]
-    parts, done = _part_folder(out, _plan(folder, file, header, header[column], new, rows))
-    opener, argument = opener or (open_crystals if inside else open_answers), json.dumps([str(folder), str(file)]) if inside else str(folder)
+    parts, done = _part_folder(out, _plan(folder, file, header, header[column], new, rows, level))
+    opener, argument = opener or partial(open_crystals if inside else open_answers, level=level), json.dumps([str(folder), str(file)]) if inside else str(folder)
 
     pieces = _pieces(map(list, crystal_keys(file)) if inside else open_rows(file)[1], [column, *more], len(header), rows, done, waiting, total)
     with tqdm(desc="predict", unit=" rows", disable=not progress) as bar:

@@ -387,11 +387,12 @@ def predict(
     smiles: Smiles = None, cif: Cif = None, formula: Formula = None,
     jobs: Annotated[int | None, typer.Option(help="Processes. Default: one for each core.")] = None,
     patience: Annotated[float, typer.Option(help="Seconds that 50 rows may take before they are given up.")] = 60.0,
+    level: Annotated[float | None, typer.Option(help="Share of truths that an interval is to hold, e.g. 0.5. Default: 0.9; of a stacked predictor any.")] = None,
 ) -> None:
     "Predict a table of any size.\n\nThe same command continues a run that was cut off."
     if not model.is_dir(): raise BadInput(f"there is no folder {model}")
     from matfm.app.bulk import predict_file
-    done = predict_file(model, file, out, smiles, cif, jobs, patience=patience, progress=True, formula=formula)
+    done = predict_file(model, file, out, smiles, cif, jobs, patience=patience, progress=True, formula=formula, level=level)
     if done.rejected: typer.secho(f"{done.rejected} of {done.rows} rows set aside: {out.with_name(out.stem + '.rejected.csv')}", fg="yellow", err=True)
     typer.echo(done)
 

@@ -244,7 +244,9 @@ def _codecarbon(wanted: bool) -> Any:
 class Meter:
     "Counts from its making on; `read` says what was used until now."
     def __init__(self) -> None:
-        self.settings, self.tracker, self.done = load_settings(), None, None
+        self.settings = load_settings()
+        self.tracker: Any = None
+        self.done: tuple[float, str] | None = None
         meter = self.settings.energy_meter
         self.rapl = Rapl.find() if meter in ("auto", "rapl") else None
         if meter == "rapl" and self.rapl is None: raise BadInput("energy.meter is rapl, and this machine has no such counter that may be read: take auto, codecarbon or estimate")
