@@ -78,7 +78,8 @@ def test_run_list_show_compare(space):
     assert "the notebook has changed since" in matfm("run", "e01_toy", "-p", "seed=2").stderr
     listed = matfm("runs", "list").stdout
     assert listed.count("e01_toy-") == 2 and "failed" in listed and "ZeroDivisionError" in listed
-    assert "seed = 2" in matfm("runs", "show", next(line for line in listed.splitlines() if " ok " in line).split()[0]).stdout
+    shown = matfm("runs", "show", next(line for line in listed.splitlines() if " ok " in line).split()[0]).stdout
+    assert "seed = 2" in shown and "energy: " in shown and "processor hours" in shown
 
 
 def test_compare_reads_committed_results(space):
@@ -143,6 +144,7 @@ def test_molecules_are_stacked_unless_a_network_is_asked_for(tmp_path):
     pl.DataFrame({"smiles": chains, "length": list(map(len, chains)), "polar": [int(s[0] in "ON") for s in chains]}).write_csv(tmp_path / "chains.csv")
     given = ("finetune", tmp_path / "chains.csv", "--target", "length", "--target", "polar", "--split", "random", "--out", tmp_path / "m")
     said = matfm(*given, "--budget", "10s").stdout
+    assert "errors of length by group (rows left out of the fit in turn)\n  " in said and "errors of polar by group" in said
     assert "members of length" in said and "members of polar" in said and "kernel" in said and "ecfp_forest" in said and (tmp_path / "m" / "stacked.json").is_file()
     assert f"{len(chains)} of {len(chains)} rows predicted" in matfm("predict", tmp_path / "m", tmp_path / "chains.csv", "--jobs", "1", "--out", tmp_path / "p.csv").stdout
     made = pl.read_csv(tmp_path / "p.csv")

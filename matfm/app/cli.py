@@ -127,6 +127,13 @@ def _said(result: Any) -> None:
     parts = [[m for m in result.metrics if (m.name in sure) == estimate] for estimate in (True, False)]
     typer.echo("\n\n".join(str(metric_table(p)) for p in parts if p) or "no metrics")
 
+def _larger(result: Any) -> None:
+    "Of each target the chemical groups with larger errors, or that there are none."
+    from matfm.adapt.tables import LARGER
+    found: dict[str, list[str]] = {}
+    for r in result.tables.get(LARGER, []): found.setdefault(f"errors of {r['target']} by group ({r['rows']})", []).append(f"  {r['what']}")
+    for title, lines in found.items(): typer.echo("\n".join(["", title, *lines]))
+
 # %% ../../nbs/app/99_cli.ipynb #a58efc29
 def _note_skipped(folder: Path, notebook: Path) -> None:
     from matfm.run.runner import is_done, read_status, source_digest
@@ -192,7 +199,7 @@ def runs_show(run: Annotated[str, typer.Argument(help="A run's name, its digest,
     for k, v in r.spec.parameters.items(): typer.echo(f"  {k} = {show_value(v)}")
     typer.echo("metrics")
     _said(r)
-    for text in (r.baselines, *r.claims, r.notes): typer.echo(text) if text else None
+    for text in (r.baselines, *r.claims, r.notes, f"energy: {r.energy}" if r.energy else ""): typer.echo(text) if text else None
 
 # %% ../../nbs/app/99_cli.ipynb #6b78e43a
 def _standing(results: Any, metric: str | None, columns: str, rows: str | None, over: str, where: list[str], report: Path) -> None:
@@ -356,7 +363,7 @@ def finetune(
     "Fit a model to your own table.\n\nA stack of quick predictors; with --model light one that predicts millions; with another --model, and for more than 10,000 crystals, a network. Reports the test error beside a constant guess and a forest."
     if unit and len(unit) != len(target): raise BadInput(f"{len(unit)} units for {len(target)} targets")
     from matfm.adapt.material_features import complete_rows
-    from matfm.adapt.tables import configured, finetune_table, group_limits, read_labelled, split_table
+    from matfm.adapt.tables import configured, finetune_table, read_labelled, split_table
     from matfm.app import bulk
     seconds = bulk.duration(budget) if budget else None
     records, rejected = read_labelled(file, dict(zip(target, unit, strict=True)) if unit else target, smiles, cif, formula=formula)
@@ -375,7 +382,7 @@ def finetune(
     _said(result)
     for name, rows in result.tables.items():
         if name.startswith("members of "): typer.echo(f"\n{name} (errors out of fold)\n{Table(rows)}")
-    typer.echo("\n" + "\n".join(group_limits(result)))
+    _larger(result)
     typer.echo(f"model: {out}")
 
 # %% ../../nbs/app/99_cli.ipynb #0253fc24
