@@ -662,6 +662,8 @@ def fit_target(
     P, truth, loss = judged(made, scores, y, z, spec.aim)
     made.weights, made.about["members"] = contributions(list(members), P, truth, loss, seconds)
     p, apart = made.combine(scores)
+    made.unseen = p
+    if kind == "binary": return made
     near = nearest(F, F, folds[0])
     made.spread = Spread.fit(y - p, apart, near)
     std = made.spread(apart, near)
@@ -790,7 +792,7 @@ def fit_stacked(
     check_also(records, spec.also, spec.light)
     F, kept, rejected = reader(records)
     rejected.check(len(records))
-    similar, made = pairs(F), []
+    similar, made, unseen = pairs(F), list[Target](), dict[str, np.ndarray]()
     formulas = records.frame["formula"].to_numpy()[kept] if spec.structure else None
     for i, (name, kind) in enumerate(found.items()):
         y = records.y([name])[kept, 0]
@@ -799,10 +801,11 @@ def fit_stacked(
         until = None if spec.budget is None else now + (begun + spec.budget - now) / (len(found) - i)
         whole = len(there) == len(F)
         made.append(fit_target(name, kind, records.targets[name], F if whole else F.take(there), similar if whole else among(similar, there), y[there], spec, until, None if formulas is None else formulas[there]))
+        unseen[name] = _spread_out(np.asarray(made[-1].unseen, float), kept[there], len(records))
         for m in made[-1].members.values():
             if not whole and isinstance(m, KernelMember): m.marks = there[m.marks]
     limit = float(np.quantile(nearest(F, F, np.arange(len(F))), 0.05))
-    return Stacked(spec, reader, F, made, limit, rejected)
+    return Stacked(spec, reader, F, made, limit, rejected, unseen=unseen)
 
 # %% ../../nbs/adapt/68_stacked.ipynb #st000078
 def save_stacked(
