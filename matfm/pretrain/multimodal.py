@@ -144,10 +144,9 @@ class WordsEncoder(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor: return super().forward(x.log1p())  # [B, K] -> [B, d]
 
 # %% ../../nbs/pretrain/64_multimodal.ipynb #64c00015
-class VectorEncoder(nn.Sequential):
+class VectorEncoder(WordsEncoder):
     "Logarithms of shares → vector."
-    def __init__(self, shape: Sequence[int], width: int): super().__init__(nn.Linear(shape[0], 2 * width), nn.GELU(), nn.LayerNorm(2 * width), nn.Linear(2 * width, width))
-    def forward(self, x: Tensor) -> Tensor: return super().forward(x / 5)  # [B, K] -> [B, d]
+    def forward(self, x: Tensor) -> Tensor: return nn.Sequential.forward(self, x / 5)  # [B, K] -> [B, d]
 
 class DosEncoder(nn.Module):
     "Density of states → vector: a transformer over tokens of neighbouring points."

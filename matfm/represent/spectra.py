@@ -206,9 +206,7 @@ class BondOrientation(Descriptor):
 
     def read(self, record: Any) -> tuple[np.ndarray, np.ndarray]:
         lattice, frac, numbers = crystal_arrays(record)
-        u, w = bonds(lattice, frac, numbers, self.cutoff)
-        if not len(u): raise BadInput(f"no atom has a neighbour within {self.cutoff:g} Å")
-        return u, w
+        return bonds(lattice, frac, numbers, self.cutoff)
 
     def rows(self, parsed: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
         return np.array([orientation(u, w, self.alike, self.floor) for u, w in parsed], np.float32).reshape(-1, len(self.names))
