@@ -52,6 +52,7 @@ SMOKE = {
     "e55_explanations": dict(seeds=1, n_train=40, n_test=2, n_crystals=16, n_solubility=40, n_explained=4, epochs=1, trees=5, randomised=1, samples=15),
     "e54_selection": dict(sets="esol freesolv", limit=40, folds=2, epochs=1, trees=5, members="kernel"),
     "e56_foundation_vs_qspr": dict(sources="e32 e44 e31"),
+    "e37_train_peers": dict(datasets="freesolv ace_CHEMBL2835_Ki"),
     "e46_throughput": dict(n_graphs=20, n_train=24, n_valid=8, batch_size=8, turns=1, n_files=8, n_folder=25),
 }
 
