@@ -7,6 +7,7 @@ Docs: https://matfm.github.io/matfm/adapt/features.html.md"""
 # %% ../../nbs/adapt/65_features.ipynb #fe000002
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -25,10 +26,10 @@ if TYPE_CHECKING:
     from matfm.models.zoo import Pretrained
 
 # %% auto #0
-__all__ = ['PRINTS', 'LEVELS', 'SLOTS', 'QUICK', 'SLOW', 'SHIPPED', 'DENSE', 'EVERYTHING', 'bit_matrix', 'unary_bits',
-           'pattern_counts', 'Overlap', 'quick_descriptors', 'Features', 'encoder_of', 'embeddings',
-           'molecule_features', 'print_similarity', 'mean_similarity', 'Pairs', 'blocks', 'pairs', 'among',
-           'MoleculeReader']
+__all__ = ['PRINTS', 'LEVELS', 'SLOTS', 'QUICK', 'SLOW', 'SHIPPED', 'UNUSUAL', 'DENSE', 'EVERYTHING', 'bit_matrix', 'unary_bits',
+           'pattern_counts', 'columns_of', 'Overlap', 'quick_descriptors', 'Features', 'encoder_of', 'embeddings',
+           'quick_molecule', 'molecule_features', 'print_similarity', 'mean_similarity', 'Pairs', 'blocks', 'pairs',
+           'among', 'MoleculeReader']
 
 # %% ../../nbs/adapt/65_features.ipynb #st000009
 PRINTS = ("ecfp", "fcfp", "atom_pair", "topological_torsion")
@@ -76,20 +77,36 @@ def pattern_counts(
     "One fingerprint of all molecules."
     return [_generator(name).GetSparseCountFingerprint(m).GetNonzeroElements() for m in mols]
 
+# %% ../../nbs/adapt/65_features.ipynb #710bbeac
+def columns_of(bits: Any, columns: np.ndarray) -> Any:  # sparse [n, D]; [k], rising -> sparse [n, k] int16
+    "Some columns of a matrix of bits."
+    from scipy.sparse import csr_matrix
+    place = np.full(bits.shape[1], -1, np.int32)
+    place[columns] = np.arange(len(columns))
+    found = place[bits.indices]
+    there = found >= 0
+    ends = np.concatenate([[0], np.cumsum(there)])[bits.indptr]
+    return csr_matrix((np.ones(ends[-1], np.int16), found[there], ends), shape=(bits.shape[0], len(columns)))
+
 # %% ../../nbs/adapt/65_features.ipynb #st200002
 class Overlap:
     "Tanimoto similarities to molecules that stay the same, e.g. the training molecules."
-    def __init__(self, bits: Any, common: float = 0.03):  # sparse [N, SLOTS × LEVELS]; share of molecules from which on a bit is common
+    def __init__(self, bits: Any, common: float = 0.01):  # sparse [N, SLOTS × LEVELS]; share of molecules from which on a bit is common
         seen = np.bincount(bits.indices, minlength=bits.shape[1])
         self.common, self.rare = (np.flatnonzero(chosen) for chosen in (seen > common * bits.shape[0], (seen > 0) & (seen <= common * bits.shape[0])))
-        self.dense, self.sparse = np.ascontiguousarray(bits[:, self.common].toarray().T), bits[:, self.rare].T.tocsr()
-        self.size = bits.getnnz(axis=1).astype(np.float32)
+        self.size = bits.getnnz(axis=1)
+        if self.size.max(initial=0) > np.iinfo(np.int16).max: raise BadInput(f"a molecule has {self.size.max()} bits; at most {np.iinfo(np.int16).max} can be compared")
+        self.dense, self.sparse = (np.ascontiguousarray(bits[:, self.common].toarray().T, np.int16), bits[:, self.rare].T.tocsr().astype(np.int16))
 
     def __call__(self, bits: Any) -> np.ndarray:  # [n, SLOTS × LEVELS] -> [n, N] float32
-        both = (bits[:, self.rare] @ self.sparse).toarray()
-        both += bits[:, self.common].toarray() @ self.dense
-        either = bits.getnnz(axis=1).astype(np.float32)[:, None] + self.size - both
-        return np.where(either > 0, both / np.maximum(either, 1), np.float32(1))
+        shared = columns_of(bits, self.common) @ self.dense
+        few = columns_of(bits, self.rare) @ self.sparse  # no column twice in a row
+        shared[np.repeat(np.arange(len(shared)), np.diff(few.indptr)), few.indices] += few.data
+        both, own = shared.astype(np.float32), bits.getnnz(axis=1)
+        either = own.astype(np.float32)[:, None] + self.size.astype(np.float32) - both
+        both /= np.maximum(either, 1, out=either)
+        both[np.ix_(own == 0, self.size == 0)] = 1  # two molecules without patterns
+        return both
 
 
 # %% ../../nbs/adapt/65_features.ipynb #st000014
@@ -149,7 +166,37 @@ def embeddings(
             out[rows] = encoder.encoder(encoder.representation.collate([items[i] for i in rows])).embedding.float().numpy()
     return out
 
+# %% ../../nbs/adapt/65_features.ipynb #89e68aa2
+UNUSUAL = re.compile(r"\[\d*H|\s")  # hydrogen as an atom, or something after the SMILES
+
+@cache
+def _quick_ways() -> tuple[Any, Any]:
+    from rdkit import Chem
+    way = Chem.SmilesParserParams()
+    way.sanitize, way.removeHs = False, False
+    left_out = ("HYBRIDIZATION", "CONJUGATION", "CLEANUPCHIRALITY", "CLEANUPATROPISOMERS")
+    flags = [int(f) for name, f in Chem.SanitizeFlags.names.items() if name.endswith(left_out)]
+    return way, int(Chem.SanitizeFlags.SANITIZE_ALL) & ~sum(flags)
+
+def quick_molecule(smiles: str) -> Any:
+    "RDKit's molecule with all that the fingerprints of `QUICK` look at; None where it cannot be read."
+    from rdkit import Chem
+    if UNUSUAL.search(smiles): return Chem.MolFromSmiles(smiles)
+    way, ops = _quick_ways()
+    mol = Chem.MolFromSmiles(smiles, way)
+    return mol if mol is not None and Chem.SanitizeMol(mol, sanitizeOps=ops, catchErrors=True) == Chem.SanitizeFlags.SANITIZE_NONE else None
+
 # %% ../../nbs/adapt/65_features.ipynb #st000016
+def _item(encoder: Pretrained, smiles: str) -> Any:
+    try: return encoder.representation(smiles)
+    except BadInput: return None
+
+def _known(encoder: Pretrained, items: Sequence[Any]) -> np.ndarray:  # [n, d]
+    "The embeddings of the items there are, NaN for the others."
+    out, there = np.full((len(items), encoder.encoder.width), np.nan, np.float32), np.array([i is not None for i in items], bool)
+    if there.any(): out[there] = embeddings(encoder, [i for i in items if i is not None])
+    return out
+
 def molecule_features(
     records: Records,
     descriptors: MoleculeDescriptors | None,
@@ -159,22 +206,23 @@ def molecule_features(
     "Features of the molecules that can be read, their row numbers [n], and the others."
     from rdkit import rdBase
     from rdkit.Chem import MolFromSmiles
+    parse = quick_molecule if descriptors is None and encoder is None and set(prints) <= set(QUICK) else MolFromSmiles
     pick(records.domain, ["molecule"], "kind of record for a stacked predictor")
     mols, items, kept, bad = [], [], [], []
     with rdBase.BlockLogs():  # once; `read_molecule`, which blocks and explains, has the last word on what fails
         for i, smiles in enumerate(records.structures()):
             try:
-                mol = MolFromSmiles(smiles) if isinstance(smiles, str) else None
+                mol = parse(smiles) if isinstance(smiles, str) else None
                 if mol is None or mol.GetNumAtoms() == 0: mol = read_molecule(smiles)
-                if encoder is not None: items.append(encoder.representation(smiles))
             except BadInput as e: bad.append((records.ids[i], i, smiles, str(e)))
             else:
                 mols.append(mol)
                 kept.append(i)
+                if encoder is not None: items.append(_item(encoder, smiles))
     bits = tuple(unary_bits(pattern_counts(mols, name)) for name in prints)
     empty = np.zeros((len(mols), 0), np.float32)
     values = empty if descriptors is None else descriptors.rows(mols) if mols else np.zeros((0, len(descriptors.names)), np.float32)
-    return Features(bits, values, empty if encoder is None else embeddings(encoder, items)), np.array(kept, np.int64), Rejected(bad)
+    return Features(bits, values, empty if encoder is None else _known(encoder, items)), np.array(kept, np.int64), Rejected(bad)
 
 
 # %% ../../nbs/adapt/65_features.ipynb #fe000007
@@ -185,7 +233,8 @@ def print_similarity(A: Features, B: Features) -> np.ndarray:
 def mean_similarity(each: Sequence[np.ndarray]) -> np.ndarray:
     total = each[0].astype(np.float64)
     for one in each[1:]: total += one
-    return total / len(each)
+    total /= len(each)
+    return total
 
 # %% ../../nbs/adapt/65_features.ipynb #fe00000b
 DENSE = 6000  # records up to which the similarities of all pairs are kept

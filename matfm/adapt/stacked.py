@@ -90,14 +90,15 @@ def _damped(X: np.ndarray) -> np.ndarray: return np.sign(X) * np.log1p(np.abs(X.
 # %% ../../nbs/adapt/68_stacked.ipynb #st000020
 @dataclass(eq=False)
 class Scaler:
-    "Vectors on a common scale."
+    "Vectors on a common scale; what is unknown (NaN) is average."
     mean: np.ndarray  # [D]
     std: np.ndarray   # [D], infinite where a number does not vary
     gap: float        # median squared distance of training molecules
 
     @classmethod
     def fit(cls, X: np.ndarray) -> Scaler:
-        damped = _damped(X)
+        known = np.isfinite(X).all(axis=1)
+        damped = _damped(X[known] if known.any() else np.zeros_like(X[:1]))
         std = damped.std(axis=0)
         made = cls(damped.mean(axis=0), np.where(std > 1e-6, std, np.inf), 1.0)
         some = made(X[np.linspace(0, len(X) - 1, min(len(X), 500)).astype(int)])
@@ -105,7 +106,7 @@ class Scaler:
         made.gap = float(np.median(d[d > 1e-9])) if (d > 1e-9).any() else 1.0
         return made
 
-    def __call__(self, X: np.ndarray) -> np.ndarray: return np.clip((_damped(X) - self.mean) / self.std, -5, 5)
+    def __call__(self, X: np.ndarray) -> np.ndarray: return np.nan_to_num(np.clip((_damped(X) - self.mean) / self.std, -5, 5), copy=False, nan=0.0)
     def distance(self, A: np.ndarray, B: np.ndarray) -> np.ndarray: return squared_distance(self(A), self(B)) / self.gap
 
 # %% ../../nbs/adapt/68_stacked.ipynb #st000021
@@ -171,6 +172,10 @@ class KernelMember:
         return {name for name, used in [("prints", s.share > 0), ("descriptors", s.share < 1), ("embedding", s.learnt > 0)] if used}
 
     def scores(self, F: Features, similar: np.ndarray, train: Features) -> np.ndarray:  # similar: of F to all training molecules, [n, N]
+        if self.uses == {"prints"}:  # no copy of the landmarks' columns
+            weights = np.zeros(similar.shape[1])
+            weights[self.marks] = self.beta
+            return similar @ weights
         used = [name in self.uses for name in ("descriptors", "embedding")]
         apart = [s.distance(X, Z[self.marks]) if u else np.zeros(0) for u, s, X, Z in zip(used, self.scalers, (F.descriptors, F.embedding), train.dense, strict=False)]
         return self.spec(similar if len(self.marks) == similar.shape[1] else similar[:, self.marks], apart) @ self.beta
