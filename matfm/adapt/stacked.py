@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['MEMBERS', 'LIGHT', 'MATERIALS', 'CRYSTALS', 'SHARES', 'LEARNT', 'LENGTHS', 'NOISES', 'NUMBERS', 'FOLDED', 'MIN_ROWS',
-           'StackedSpec', 'default_spec', 'Scaler', 'KernelSpec', 'loo_predictions', 'choose_kernel', 'KernelMember',
-           'left_out', 'solve_kernel', 'fit_kernel', 'tree_columns', 'used_columns', 'held_out', 'Trees', 'flat_trees',
-           'joined_trees', 'grow', 'BoostingMember', 'fit_boosting', 'TreesMember', 'fit_trees', 'squared_error',
-           'absolute_error', 'logit_loss', 'blend', 'Scale', 'choose_scale', 'Spread', 'Target', 'fit_members',
-           'contributions', 'whole_folds', 'usable_folds', 'nearest', 'judged', 'fit_target', 'Stacked',
+           'StackedSpec', 'default_spec', 'Scaler', 'KernelSpec', 'decomposed', 'loo_predictions', 'choose_kernel',
+           'KernelMember', 'left_out', 'solve_kernel', 'fit_kernel', 'tree_columns', 'used_columns', 'held_out',
+           'Trees', 'flat_trees', 'joined_trees', 'grow', 'BoostingMember', 'fit_boosting', 'TreesMember', 'fit_trees',
+           'squared_error', 'absolute_error', 'logit_loss', 'blend', 'Scale', 'choose_scale', 'Spread', 'Target',
+           'fit_members', 'contributions', 'whole_folds', 'usable_folds', 'nearest', 'judged', 'fit_target', 'Stacked',
            'predict_batch', 'stream_predictions', 'said', 'stacked_html', 'kinds_of', 'fit_stacked', 'save_stacked',
            'read_stacked', 'OfStructures', 'loaded', 'load_stacked']
 
@@ -128,13 +128,18 @@ class KernelSpec(Spec):
 
 
 # %% ../../nbs/adapt/68_stacked.ipynb #st000024
-def loo_predictions(
-    K: np.ndarray,  # [n, n]
-    z: np.ndarray,  # [n]
-) -> np.ndarray:    # [noises, n]
-    "Leave-one-out predictions of kernel ridge regression for each of `NOISES`."
+def decomposed(K: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [n, n] -> [n], [n, n]
+    "Eigenvalues of a kernel, none below zero, and its eigenvectors."
     values, Q = np.linalg.eigh(K)
-    values, turned = np.maximum(values, 0), Q.T @ z
+    return np.maximum(values, 0), Q
+
+def loo_predictions(
+    values: np.ndarray,  # [n], as `decomposed` gives them
+    Q: np.ndarray,       # [n, n]
+    z: np.ndarray,       # [n]
+) -> np.ndarray:         # [noises, n]
+    "Leave-one-out predictions of kernel ridge regression for each of `NOISES`."
+    turned = Q.T @ z
     return np.stack([z - (Q @ (turned / (values + s))) / (Q**2 @ (1 / (values + s))) for s in NOISES])
 
 # %% ../../nbs/adapt/68_stacked.ipynb #st000025
@@ -142,12 +147,16 @@ def choose_kernel(
     similar: np.ndarray,              # [n, n]
     distances: Sequence[np.ndarray],  # [n, n] of the descriptors, and of the embedding if there is one
     z: np.ndarray,                    # [n]
+    known: dict[KernelSpec, tuple[np.ndarray, np.ndarray]] | None = None,  # what was decomposed for these rows; more is added
 ) -> tuple[KernelSpec, np.ndarray]:
     "The specification with the smallest leave-one-out error, and its leave-one-out predictions [n]."
     best: tuple[float, KernelSpec, np.ndarray] = (np.inf, KernelSpec(), z)
+    known = {} if known is None else known
     def attempt(spec: KernelSpec) -> None:
         nonlocal best
-        p = loo_predictions(spec(similar, distances), z)
+        kernel = spec.replace(noise=KernelSpec.noise)
+        if kernel not in known: known[kernel] = decomposed(spec(similar, distances))
+        p = loo_predictions(*known[kernel], z)
         errors = ((p - z) ** 2).mean(axis=1)
         k = int(errors.argmin())
         if errors[k] < best[0]: best = (float(errors[k]), spec.replace(noise=NOISES[k]), p[k])
@@ -234,7 +243,7 @@ def fit_kernel(
     order, scalers = np.random.default_rng([spec.seed, 1]).permutation(len(F)), [Scaler.fit(X) for X in F.dense]
     apart = lambda a, b: [s.distance(X[a], X[b]) for s, X in zip(scalers, F.dense, strict=True)]
     some, marks = np.sort(order[:tune]), np.sort(order[:min(spec.kernel_rows, max(500, NUMBERS // len(F)))])
-    chosen, _ = choose_kernel(similar[np.ix_(some, some)], apart(some, some), z[some])
+    chosen, _ = choose_kernel(similar[np.ix_(some, some)], apart(some, some), z[some], F.shared.setdefault(("kernel", spec.seed, tune), {}))
     if not chosen.learnt: del scalers[1:]
     near_marks = lambda rows: chosen(similar[np.ix_(rows, marks)], [s.distance(X[rows], X[marks]) for s, X in zip(scalers, F.dense, strict=False)])
     K = np.vstack([near_marks(rows) for rows in blocks(np.arange(len(F)))])
@@ -468,7 +477,8 @@ def choose_scale(
     scales = [plain, Scale.fit("rank", y), *([Scale.fit("log", y)] if y.min() > 0 else [])]
     apart = [Scaler.fit(X).distance(X[some], X[some]) for X in F.dense]
     error = squared_error if aim == "squared" else absolute_error
-    errors = [error(y[some], s.invert(choose_kernel(similar[np.ix_(some, some)], apart, s.apply(y[some]))[1])) for s in scales]
+    known, near = F.shared.setdefault(("scale", seed, tune), {}), similar[np.ix_(some, some)]
+    errors = [error(y[some], s.invert(choose_kernel(near, apart, s.apply(y[some]), known)[1])) for s in scales]
     return scales[int(np.argmin(errors))]
 
 # %% ../../nbs/adapt/68_stacked.ipynb #st000054
@@ -810,6 +820,7 @@ def fit_stacked(
         for m in made[-1].members.values():
             if not whole and isinstance(m, KernelMember): m.marks = there[m.marks]
     limit = float(np.quantile(nearest(F, F, np.arange(len(F))), 0.05))
+    F.shared.clear()
     return Stacked(spec, reader, F, made, limit, rejected, unseen=unseen)
 
 # %% ../../nbs/adapt/68_stacked.ipynb #st000078
