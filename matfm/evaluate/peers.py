@@ -26,7 +26,8 @@ from ..data.splits import PARTS, Split
 from ..run.results import load_json, save_json
 
 # %% auto #0
-__all__ = ['PROGRAMS', 'peer_table', 'chemprop', 'run_program', 'train_peer', 'rounded', 'collect_peers', 'NoPrediction', 'Peer']
+__all__ = ['PROGRAMS', 'peer_table', 'chemprop', 'tree_bytes', 'run_program', 'train_peer', 'rounded', 'collect_peers',
+           'NoPrediction', 'Peer']
 
 # %% ../../nbs/evaluate/86_peers.ipynb #689c1f86
 def peer_table(
@@ -55,18 +56,31 @@ def chemprop(table: Path, targets: int, kind: str, out: Path) -> tuple[list[str]
 PROGRAMS: dict[str, Callable[[Path, int, str, Path], tuple[list[str], Path]]] = {"chemprop": chemprop}
 
 # %% ../../nbs/evaluate/86_peers.ipynb #bc213b68
-def run_program(argv: Sequence[str], log: Path) -> dict[str, Any]:
-    "Run a program to its end; its exit status, seconds, processor seconds and largest memory in MiB (None where the system does not tell)."
-    begun = time.perf_counter()
+def tree_bytes(process: Any) -> int:  # psutil's
+    "Memory of a process and of those it has started."
+    import psutil
+    total = 0
+    for p in (process, *process.children(recursive=True)):
+        try: total += p.memory_info().rss
+        except psutil.Error: pass  # it has just ended
+    return total
+
+def run_program(argv: Sequence[str], log: Path, every: float = 0.1) -> dict[str, Any]:  # every: seconds between two looks at the memory
+    "Run a program to its end; its exit status, seconds, processor seconds (None where the system does not tell), and its largest memory in MiB with all that it started."
+    import psutil
+    begun, peak, cpu = time.perf_counter(), 0, None
     with open(log, "w", encoding="utf-8") as file:
         try: running = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
         except OSError as e: raise BadInput(f"{argv[0]} cannot be started: {e}") from e
-        if hasattr(os, "wait4"):
-            _, status, used = os.wait4(running.pid, 0)
-            code, cpu, peak = os.waitstatus_to_exitcode(status), round(used.ru_utime + used.ru_stime, 2), round(used.ru_maxrss / (2**20 if os.uname().sysname == "Darwin" else 2**10), 1)
-            running.returncode = code
-        else: code, cpu, peak = running.wait(), None, None
-    return {"exit": code, "seconds": round(time.perf_counter() - begun, 2), "cpu_seconds": cpu, "peak_mib": peak}
+        while running.returncode is None:
+            try: peak = max(peak, tree_bytes(psutil.Process(running.pid)))
+            except psutil.Error: pass
+            if hasattr(os, "wait4"):
+                pid, status, used = os.wait4(running.pid, os.WNOHANG)
+                if pid: running.returncode, cpu = os.waitstatus_to_exitcode(status), round(used.ru_utime + used.ru_stime, 2)
+            else: running.poll()
+            if running.returncode is None: time.sleep(every)
+    return {"exit": running.returncode, "seconds": round(time.perf_counter() - begun, 2), "cpu_seconds": cpu, "peak_mib": round(peak / 2**20, 1)}
 
 # %% ../../nbs/evaluate/86_peers.ipynb #8dc0d5a6
 def train_peer(
