@@ -14,7 +14,7 @@ PICTURE = re.compile(r'<img[^>]+src="data:image/png')
 SMOKE = {
     "e00_quickstart": dict(n_molecules=40, n_crystals=40, n_test=40, epochs=1, ensemble=2),
     "e01_pretrain_molecules": dict(limit=200, valid=40, steps=6),
-    "e02_pretrain_crystals": dict(limit=60, steps=6),
+    "e02_pretrain_crystals": dict(limit=60, steps=6, exclude="matfm_crystals"),
     "e03_make_molecules": dict(n_molecules=200, n_labels=2, check=2),
     "e04_make_crystals": dict(limit=2),
     "e10_data_audit": dict(limit=300, near=100),
