@@ -96,7 +96,7 @@ class Overlap:
         self.common, self.rare = (np.flatnonzero(chosen) for chosen in (seen > common * bits.shape[0], (seen > 0) & (seen <= common * bits.shape[0])))
         self.size = bits.getnnz(axis=1)
         if self.size.max(initial=0) > np.iinfo(np.int16).max: raise BadInput(f"a molecule has {self.size.max()} bits; at most {np.iinfo(np.int16).max} can be compared")
-        self.dense, self.sparse = (np.ascontiguousarray(bits[:, self.common].toarray().T, np.int16), bits[:, self.rare].T.tocsr().astype(np.int16))
+        self.dense, self.sparse = np.ascontiguousarray(columns_of(bits, self.common).toarray().T), columns_of(bits, self.rare).T.tocsr()
 
     def __call__(self, bits: Any) -> np.ndarray:  # [n, SLOTS × LEVELS] -> [n, N] float32
         shared = columns_of(bits, self.common) @ self.dense

@@ -26,8 +26,8 @@ from ..data.splits import PARTS, Split
 from ..run.results import load_json, save_json
 
 # %% auto #0
-__all__ = ['PROGRAMS', 'peer_table', 'chemprop', 'tree_bytes', 'run_program', 'train_peer', 'rounded', 'collect_peers',
-           'NoPrediction', 'Peer']
+__all__ = ['PROGRAMS', 'peer_table', 'with_valid', 'chemprop', 'tree_bytes', 'run_program', 'train_peer', 'rounded',
+           'collect_peers', 'NoPrediction', 'Peer']
 
 # %% ../../nbs/evaluate/86_peers.ipynb #689c1f86
 def peer_table(
@@ -44,6 +44,13 @@ def peer_table(
             for smiles, y in zip(part.structures(), part.y(targets), strict=True):
                 out.writerow([smiles, *(repr(float(v)) if np.isfinite(v) else "" for v in y), "val" if name == "valid" else name])
     return Path(path)
+
+# %% ../../nbs/evaluate/86_peers.ipynb #371ea278
+def with_valid(split: Split, share: float = 0.1, seed: int = 0) -> Split:
+    "The split with a share of its training rows, drawn at random, as validation rows."
+    order = np.random.default_rng(seed).permutation(np.array(split.train))
+    n = int(len(order) * share)
+    return split.replace(train=tuple(np.sort(order[n:]).tolist()), valid=tuple(np.sort(order[:n]).tolist()))
 
 # %% ../../nbs/evaluate/86_peers.ipynb #ab89aa54
 def chemprop(table: Path, targets: int, kind: str, out: Path) -> tuple[list[str], Path]:
@@ -89,7 +96,7 @@ def train_peer(
     name: str,         # of the set
     seed: int,         # of the split
     records: Records,
-    split: Split,      # rows that teach, choose and judge
+    split: Split,      # rows that teach, choose and judge; of these records, or of the same rows with other columns
     targets: Sequence[str],
     kind: str,         # "regression" or "binary"
     work: str | Path,  # folder that keeps tables, logs, models and notes
@@ -101,7 +108,7 @@ def train_peer(
         found = load_json(note)
         if found["state"] == "done" and {k: found.get(k) for k in what} == what: return found
     table, out, log = place / "table.csv", place / "out", place / "log.txt"
-    peer_table(table, records, split, targets)
+    peer_table(table, records, split.replace(records=""), targets)
     argv, where = PROGRAMS[pick(program, list(PROGRAMS), "program")](table, len(targets), kind, out)
     took = run_program([executable, *argv], log)
     done = took["exit"] == 0 and where.is_file()
