@@ -389,12 +389,46 @@ def test_a_table_too_large_for_all_pairs_gives_the_same_model(table, model, monk
 def test_rows_are_left_out_in_rows_or_in_features():
     rng = np.random.default_rng(0)
     A, z = rng.normal(size=(60, 7)), rng.normal(size=60)
-    inverse = np.linalg.inv(A.T @ A + 0.3 * np.eye(7))
-    r = z - A @ inverse @ A.T @ z
+    W = np.linalg.solve(np.linalg.cholesky(A.T @ A + 0.3 * np.eye(7)), A.T)
+    r = z - W.T @ W @ z
     for h in (np.arange(5), np.arange(20)):
         rest = np.setdiff1d(np.arange(60), h)
         w = np.linalg.solve(A[rest].T @ A[rest] + 0.3 * np.eye(7), A[rest].T @ z[rest])
-        np.testing.assert_allclose(stacked.left_out(A[h], inverse, r[h]), z[h] - A[h] @ w, atol=1e-9)
+        np.testing.assert_allclose(stacked.left_out(W[:, h], r[h]), z[h] - A[h] @ w, atol=1e-9)
+
+
+@pytest.mark.parametrize("m", [40, 15])
+def test_noise_is_chosen_by_refits(m):
+    rng = np.random.default_rng(1)
+    X, marks, folds = rng.normal(size=(40, 3)), np.sort(rng.permutation(40)[:m]), np.arange(40)[None] % 4
+    K = np.exp(-((X[:, None] - X[None]) ** 2).sum(axis=2) / 4)
+    z, noises = np.sin(X[:, 0]) + 0.3 * rng.normal(size=40), [0.01, 0.1, 1.0]
+    def refit(noise, rest):
+        A, B = K[np.ix_(rest, marks)], K[np.ix_(marks, marks)] + 1e-6 * np.eye(m)
+        return np.linalg.solve(A.T @ A + noise * B, A.T @ z[rest])
+    apart = {s: np.concatenate([[K[i, marks] @ refit(s, np.flatnonzero(folds[0] != folds[0, i]))] for i in range(40)]) for s in noises}
+    best = min(noises, key=lambda s: ((apart[s] - z) ** 2).mean())
+    noise, beta, oof = stacked.solve_kernel(K[:, marks], marks, z, noises, folds)
+    assert noise == best
+    np.testing.assert_allclose(oof, apart[best], atol=1e-4)
+    np.testing.assert_allclose(K[:, marks] @ beta, K[:, marks] @ refit(best, np.arange(40)), atol=1e-4)
+
+
+# ---- a fit that was cut off ------------------------------------------------------------------------------------------
+
+def test_targets_with_gaps_are_kept(tmp_path):
+    "Landmarks of a target that some rows do not have are counted among all rows, whether it was fitted or read."
+    records = replace(load("matfm_molecules", limit=90), targets={})
+    y = records.frame["gap"].to_numpy()
+    records = records.with_columns({"gap": np.where(np.arange(90) % 3 == 0, np.nan, y), "high": (y > np.median(y)).astype(float)}, targets={"gap": "eV", "high": ""})
+    spec = StackedSpec(encoder="")
+    fitted, read, straight = (fit_stacked(records, spec, keep=folder) for folder in (tmp_path, tmp_path, ""))
+    assert len(list(tmp_path.iterdir())) == 2
+    for other in (read, straight):
+        assert other.predict(records)[0].equals(fitted.predict(records)[0], null_equal=True)
+        for t in fitted.unseen: np.testing.assert_array_equal(other.unseen[t], fitted.unseen[t])
+    fit_stacked(records, spec.replace(seed=1), keep=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 # ---- intervals at any level ------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['PRINTS', 'LEVELS', 'SLOTS', 'QUICK', 'SLOW', 'SHIPPED', 'UNUSUAL', 'DENSE', 'EVERYTHING', 'bit_matrix', 'unary_bits',
-           'pattern_counts', 'columns_of', 'Overlap', 'quick_descriptors', 'Features', 'encoder_of', 'embeddings',
+           'pattern_counts', 'Columns', 'Overlap', 'quick_descriptors', 'Features', 'encoder_of', 'embeddings',
            'quick_molecule', 'molecule_features', 'print_similarity', 'mean_similarity', 'Pairs', 'blocks', 'pairs',
            'among', 'MoleculeReader']
 
@@ -62,7 +62,9 @@ def unary_bits(
     n = np.minimum(np.fromiter(chain.from_iterable(c.values() for c in counts), np.int64, len(codes)), LEVELS)
     first = np.repeat(np.arange(len(counts)), patterns) * SLOTS + ((codes * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(48)).astype(np.int64)
     level = np.arange(n.sum()) - np.repeat(np.cumsum(n) - n, n)
-    bits = np.unique(np.repeat(first, n) * LEVELS + level)
+    bits = np.repeat(first, n) * LEVELS + level
+    bits.sort()
+    bits = bits[np.diff(bits, prepend=-1) > 0]  # patterns that share a slot share its bits
     ends = np.searchsorted(bits, np.arange(len(counts) + 1) * (SLOTS * LEVELS))
     return bit_matrix((bits % (SLOTS * LEVELS)).astype(np.int32), ends)
 
@@ -78,15 +80,18 @@ def pattern_counts(
     return [_generator(name).GetSparseCountFingerprint(m).GetNonzeroElements() for m in mols]
 
 # %% ../../nbs/adapt/65_features.ipynb #710bbeac
-def columns_of(bits: Any, columns: np.ndarray) -> Any:  # sparse [n, D]; [k], rising -> sparse [n, k] int16
+class Columns:
     "Some columns of a matrix of bits."
-    from scipy.sparse import csr_matrix
-    place = np.full(bits.shape[1], -1, np.int32)
-    place[columns] = np.arange(len(columns))
-    found = place[bits.indices]
-    there = found >= 0
-    ends = np.concatenate([[0], np.cumsum(there)])[bits.indptr]
-    return csr_matrix((np.ones(ends[-1], np.int16), found[there], ends), shape=(bits.shape[0], len(columns)))
+    def __init__(self, columns: np.ndarray, width: int):  # [k], rising; columns of the matrix
+        self.n, self.place = len(columns), np.full(width, -1, np.int32)
+        self.place[columns] = np.arange(len(columns))
+
+    def __call__(self, bits: Any) -> Any:  # sparse [n, width] -> sparse [n, k] int16
+        from scipy.sparse import csr_matrix
+        found = self.place[bits.indices]
+        there = found >= 0
+        ends = np.concatenate([[0], np.cumsum(there)])[bits.indptr]
+        return csr_matrix((np.ones(ends[-1], np.int16), found[there], ends), shape=(bits.shape[0], self.n))
 
 # %% ../../nbs/adapt/65_features.ipynb #st200002
 class Overlap:
@@ -96,18 +101,22 @@ class Overlap:
         self.common, self.rare = (np.flatnonzero(chosen) for chosen in (seen > common * bits.shape[0], (seen > 0) & (seen <= common * bits.shape[0])))
         self.size = bits.getnnz(axis=1)
         if self.size.max(initial=0) > np.iinfo(np.int16).max: raise BadInput(f"a molecule has {self.size.max()} bits; at most {np.iinfo(np.int16).max} can be compared")
-        self.dense, self.sparse = np.ascontiguousarray(columns_of(bits, self.common).toarray().T), columns_of(bits, self.rare).T.tocsr()
+        self.picks = tuple(Columns(columns, bits.shape[1]) for columns in (self.common, self.rare))
+        self.dense, self.sparse = np.ascontiguousarray(self.picks[0](bits).toarray().T), self.picks[1](bits).T.tocsr()
 
     def __call__(self, bits: Any) -> np.ndarray:  # [n, SLOTS × LEVELS] -> [n, N] float32
-        shared = columns_of(bits, self.common) @ self.dense
-        few = columns_of(bits, self.rare) @ self.sparse  # no column twice in a row
+        shared, few = self.picks[0](bits) @ self.dense, self.picks[1](bits) @ self.sparse  # no column twice in a row of `few`
         shared[np.repeat(np.arange(len(shared)), np.diff(few.indptr)), few.indices] += few.data
-        both, own = shared.astype(np.float32), bits.getnnz(axis=1)
-        either = own.astype(np.float32)[:, None] + self.size.astype(np.float32) - both
-        both /= np.maximum(either, 1, out=either)
-        both[np.ix_(own == 0, self.size == 0)] = 1  # two molecules without patterns
-        return both
-
+        out, own, size = np.empty(shared.shape, np.float32), bits.getnnz(axis=1), np.maximum(self.size, 1).astype(np.float32)
+        step = max(1, 2**17 // max(len(size), 1))
+        for rows in (slice(s, s + step) for s in range(0, len(shared), step)):  # what fits into a processor's cache
+            both = out[rows]
+            both[...] = shared[rows]
+            either = size - both
+            either += own[rows, None].astype(np.float32)
+            both /= either
+        out[np.ix_(own == 0, self.size == 0)] = 1  # two molecules without patterns
+        return out
 
 # %% ../../nbs/adapt/65_features.ipynb #st000014
 SLOW = ("BCUT2D", "qed", "SPS")
@@ -176,7 +185,7 @@ def _quick_ways() -> tuple[Any, Any]:
     from rdkit import Chem
     way: Any = Chem.SmilesParserParams()
     way.sanitize, way.removeHs = False, False
-    left_out = ("HYBRIDIZATION", "CONJUGATION", "CLEANUPCHIRALITY", "CLEANUPATROPISOMERS")
+    left_out = ("HYBRIDIZATION", "CONJUGATION", "RADICALS", "CLEANUPCHIRALITY", "CLEANUPATROPISOMERS")
     flags = [int(f) for name, f in Chem.SanitizeFlags.names.items() if name.endswith(left_out)]
     return way, int(Chem.SanitizeFlags.SANITIZE_ALL) & ~sum(flags)
 
@@ -232,10 +241,14 @@ def print_similarity(A: Features, B: Features) -> np.ndarray:
     "Mean Tanimoto similarity over the fingerprints, [n, m] float64."
     return mean_similarity([o(a) for a, o in zip(A.prints, B.overlaps, strict=True)])
 
-def mean_similarity(each: Sequence[np.ndarray]) -> np.ndarray:
-    total = each[0].astype(np.float64)
-    for one in each[1:]: total += one
-    total /= len(each)
+def mean_similarity(each: Sequence[np.ndarray]) -> np.ndarray:  # [n, m] each -> [n, m] float64
+    "Of several similarities, in pieces that fit into a processor's cache."
+    total: np.ndarray = np.empty(each[0].shape)
+    step = max(1, 2**16 // max(total.shape[1], 1))
+    for rows in (slice(s, s + step) for s in range(0, len(total), step)):
+        total[rows] = each[0][rows]
+        for one in each[1:]: total[rows] += one[rows].astype(np.float64)
+        total[rows] /= len(each)
     return total
 
 # %% ../../nbs/adapt/65_features.ipynb #fe00000b

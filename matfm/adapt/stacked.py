@@ -7,11 +7,12 @@ Docs: https://matfm.github.io/matfm/adapt/stacked.html.md"""
 # %% ../../nbs/adapt/68_stacked.ipynb #st000002
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ import polars as pl
 
 from .features import LEVELS, SLOTS, Features, Pairs, among, bit_matrix, blocks, mean_similarity, pairs, print_similarity
 from .material_features import Reader, check_also, load_reader, reader_for
+from .. import __version__
 from ..core import BadInput, Spec, atomic_write, pick, sha256_file
 from ..data.records import Records, Rejected, crystals
 from ..evaluate.baselines import Platt, dealt_folds, squared_distance
@@ -34,12 +36,13 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['MEMBERS', 'LIGHT', 'MATERIALS', 'CRYSTALS', 'SHARES', 'LEARNT', 'LENGTHS', 'NOISES', 'NUMBERS', 'FOLDED', 'MIN_ROWS',
            'StackedSpec', 'default_spec', 'Scaler', 'KernelSpec', 'decomposed', 'loo_predictions', 'choose_kernel',
-           'KernelMember', 'left_out', 'solve_kernel', 'fit_kernel', 'tree_columns', 'used_columns', 'held_out',
+           'KernelMember', 'held_out', 'left_out', 'solve_kernel', 'fit_kernel', 'tree_columns', 'used_columns',
            'Trees', 'flat_trees', 'joined_trees', 'grow', 'BoostingMember', 'fit_boosting', 'TreesMember', 'fit_trees',
            'squared_error', 'absolute_error', 'logit_loss', 'blend', 'Scale', 'choose_scale', 'Spread', 'Target',
            'fit_members', 'contributions', 'whole_folds', 'usable_folds', 'nearest', 'judged', 'fit_target', 'Stacked',
-           'predict_batch', 'stream_predictions', 'said', 'stacked_html', 'kinds_of', 'fit_stacked', 'save_stacked',
-           'read_stacked', 'OfStructures', 'loaded', 'load_stacked']
+           'predict_batch', 'stream_predictions', 'said', 'stacked_html', 'kinds_of', 'target_state', 'restored_target',
+           'fit_digest', 'kept_target', 'fit_stacked', 'save_stacked', 'read_stacked', 'OfStructures', 'loaded',
+           'load_stacked']
 
 # %% ../../nbs/adapt/68_stacked.ipynb #st000005
 MEMBERS = ("kernel", "boosting", "trees", "circular")
@@ -198,35 +201,42 @@ class KernelMember:
         scalers = [Scaler(arrays[f"mean{i}"], arrays[f"std{i}"], gap) for i, gap in enumerate(config["gaps"])]
         return cls(KernelSpec.from_dict(config["spec"]), arrays["marks"], arrays["beta"], scalers)
 
+# %% ../../nbs/adapt/68_stacked.ipynb #cc5a4c4b
+def held_out(folds: np.ndarray) -> list[np.ndarray]:  # [repeats, n] -> of each fold which rows are left out, [n] bool
+    "The rows left out, fold by fold."
+    return [fold == k for fold in folds for k in range(fold.max() + 1)]
+
 # %% ../../nbs/adapt/68_stacked.ipynb #st000029
 def left_out(
-    A: np.ndarray,        # [h, m], features of the rows that are left out
-    inverse: np.ndarray,  # [m, m], of the system of all rows
-    r: np.ndarray,        # [h], residuals with all rows
-) -> np.ndarray:          # [h]
+    W: np.ndarray,  # [m, h], features of the rows that are left out, in the coordinates in which the system of all rows is the identity
+    r: np.ndarray,  # [h], residuals with all rows
+) -> np.ndarray:    # [h]
     "Residuals of rows when the fit does without them; solves in rows or in features, whichever are fewer."
-    if len(A) <= len(inverse): return np.linalg.solve(np.eye(len(A)) - A @ inverse @ A.T, r)
-    return r + A @ np.linalg.solve(np.linalg.inv(inverse) - A.T @ A, A.T @ r)
+    m, h = W.shape
+    if h <= m: return np.linalg.solve(np.eye(h) - W.T @ W, r)
+    return r + W.T @ np.linalg.solve(np.eye(m) - W @ W.T, W @ r)
 
 def solve_kernel(
-    K: np.ndarray,      # [n, m], of all rows to the landmarks
-    marks: np.ndarray,  # [m], which rows are landmarks
-    z: np.ndarray,      # [n]
-    noise: float,
-    folds: np.ndarray,  # [repeats, n]
-) -> tuple[np.ndarray, np.ndarray]:
-    "Weights of the landmarks [m], and out-of-fold predictions [n], averaged over the repeats."
+    K: np.ndarray,           # [n, m], of all rows to the landmarks
+    marks: np.ndarray,       # [m], which rows are landmarks
+    z: np.ndarray,           # [n]
+    noises: Sequence[float],
+    folds: np.ndarray,       # [repeats, n]
+) -> tuple[float, np.ndarray, np.ndarray]:
+    "The noise with the smallest out-of-fold error, the weights of the landmarks [m], and out-of-fold predictions [n], averaged over the repeats."
     from scipy.linalg import solve_triangular
+    solve = lambda A, b, lower=True: solve_triangular(A, b, lower=lower, check_finite=False)
     L = np.linalg.cholesky(K[marks] + 1e-6 * np.eye(len(marks)))
-    phi = solve_triangular(L, K.T, lower=True).T
-    inverse = np.linalg.inv(phi.T @ phi + noise * np.eye(len(marks)))
-    w = inverse @ (phi.T @ z)
-    out, r = np.zeros(len(z)), z - phi @ w
-    for fold in folds:
-        for k in range(fold.max() + 1):
-            held = np.flatnonzero(fold == k)
-            out[held] += z[held] - left_out(phi[held], inverse, r[held])
-    return solve_triangular(L.T, w, lower=False), out / len(folds)
+    phi = solve(L, K.T)  # [m, n]
+    system, pulled, held, found = phi @ phi.T, phi @ z, [np.flatnonzero(h) for h in held_out(folds)], []
+    for noise in noises:
+        C = np.linalg.cholesky(system + noise * np.eye(len(marks)))
+        w, out = solve(C.T, solve(C, pulled), lower=False), np.zeros(len(z))
+        r = z - w @ phi
+        for h in held: out[h] += (z[h] - left_out(solve(C, phi[:, h]), r[h])) / len(folds)
+        found.append((float(((out - z) ** 2).mean()), noise, w, out))
+    _, noise, w, out = min(found, key=lambda f: f[0])
+    return noise, solve(L.T, w, lower=False), out
 
 # %% ../../nbs/adapt/68_stacked.ipynb #st000032
 NUMBERS = 160_000_000  # in the matrix of rows and landmarks at most (1.3 GB): beyond 40,000 rows there are fewer landmarks
@@ -248,8 +258,7 @@ def fit_kernel(
     near_marks = lambda rows: chosen(similar[np.ix_(rows, marks)], [s.distance(X[rows], X[marks]) for s, X in zip(scalers, F.dense, strict=False)])
     K = np.vstack([near_marks(rows) for rows in blocks(np.arange(len(F)))])
     noises = [chosen.noise * factor for factor in ((1,) if len(marks) == len(F) else (1, 10, 100))]
-    solved = [(s, *solve_kernel(K, marks, z, s, folds)) for s in noises]
-    noise, beta, oof = min(solved, key=lambda found: float(((found[2] - z) ** 2).mean()))
+    noise, beta, oof = solve_kernel(K, marks, z, noises, folds)
     return KernelMember(chosen.replace(noise=noise), marks, beta, scalers), oof
 
 # %% ../../nbs/adapt/68_stacked.ipynb #st000035
@@ -270,10 +279,6 @@ def used_columns(F: Features) -> tuple[np.ndarray, np.ndarray]:  # [n, k] float3
     X = tree_columns(F)
     columns = np.flatnonzero((X != 0).sum(axis=0) >= 3)
     return np.ascontiguousarray(X[:, columns]), columns
-
-def held_out(folds: np.ndarray) -> list[np.ndarray]:  # [repeats, n] -> of each fold which rows are left out, [n] bool
-    "The rows left out, fold by fold."
-    return [fold == k for fold in folds for k in range(fold.max() + 1)]
 
 # %% ../../nbs/adapt/68_stacked.ipynb #st000036
 @dataclass(eq=False)
@@ -749,8 +754,9 @@ def predict_batch(
     for t in model.targets:
         scores = np.column_stack([m.scores(F, similar, model.train) if len(kept) and name in t.active else np.zeros(len(F)) for name, m in t.members.items()])
         for name, v in t.predict(scores, near, level).items(): columns[name] = _spread_out(v, kept, len(records))
-    columns["similarity"] = _spread_out(near, kept, len(records))
-    return pl.DataFrame(columns).with_columns(in_domain=pl.col("similarity").fill_nan(None) >= model.limit), Rejected(rejected.frame.with_columns(pl.col("row") + first))
+    columns["similarity"] = shown = pl.Series(_spread_out(near, kept, len(records)))
+    columns["in_domain"] = shown.fill_nan(None) >= model.limit
+    return pl.DataFrame(columns), Rejected(rejected.frame.with_columns(pl.col("row") + first)) if len(rejected) and first else rejected
 
 # %% ../../nbs/adapt/68_stacked.ipynb #st000068
 def _spread_out(values: np.ndarray, rows: np.ndarray, n: int) -> np.ndarray:
@@ -794,11 +800,58 @@ def kinds_of(records: Records, kinds: Mapping[str, str] | None) -> dict[str, str
         if found[t] == "binary" and not set(v) <= {0.0, 1.0}: raise BadInput(f"target {t!r} is not binary: values other than 0 and 1")
     return found
 
+# %% ../../nbs/adapt/68_stacked.ipynb #799e14b4
+def target_state(t: Target) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    "What is said of a target in words and numbers, and its arrays."
+    states = {name: m.state() for name, m in t.members.items()}
+    arrays = {f"{name}.{k}": v for name, (_, a) in states.items() for k, v in a.items()} | ({} if t.errors is None else {"errors": t.errors})
+    return {"name": t.name, "kind": t.kind, "unit": t.unit, "members": {n: c for n, (c, _) in states.items()}, "weights": t.weights.tolist(), "about": t.about, "scale": t.scale.to_dict(),
+            "curves": [c.to_dict() for c in t.curves], "spread": t.spread and t.spread.to_dict(), "conformal": t.conformal and t.conformal.to_dict()}, arrays
+
+# %% ../../nbs/adapt/68_stacked.ipynb #1d37d445
+def restored_target(t: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Target:
+    "The target again."
+    members = {}
+    for name, c in t["members"].items():
+        cls: Any = {"boosting": BoostingMember, "trees": TreesMember}.get(pick(name, MEMBERS, "member"), KernelMember)
+        members[name] = cls.restore(c, _under(name, arrays))
+    return Target(t["name"], t["kind"], t["unit"], members, np.array(t["weights"]), t["about"], Scale.from_dict(t["scale"]), tuple(Platt.from_dict(c) for c in t["curves"]),
+                  t["spread"] and Spread.from_dict(t["spread"]), t["conformal"] and SplitConformal.from_dict(t["conformal"]), arrays.get("errors"))
+
+def _under(name: Any, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]: return {k.partition(".")[2]: v for k, v in arrays.items() if k.partition(".")[0] == str(name)}
+
+# %% ../../nbs/adapt/68_stacked.ipynb #eebb370f
+def fit_digest(*made_from: Any) -> str:
+    "Of features, arrays and words."
+    h = hashlib.sha256(__version__.encode())
+    for x in made_from:
+        parts = [*x.dense, *(v for p in x.prints for v in (p.indices, p.indptr))] if isinstance(x, Features) else [x]
+        for v in parts: h.update(np.ascontiguousarray(v).tobytes() if isinstance(v, np.ndarray) and v.dtype != object else repr(v).encode())
+    return h.hexdigest()
+
+# %% ../../nbs/adapt/68_stacked.ipynb #a13932ab
+def kept_target(folder: str | Path, digest: str, fit: Callable[[], Target]) -> Target:  # folder: empty: nothing is kept
+    "What `fit` returns; read from the folder where it was fitted from the same."
+    from safetensors import SafetensorError, safe_open
+    from safetensors.numpy import save_file
+    if not folder: return fit()
+    file = Path(folder) / f"{digest}.safetensors"
+    if file.is_file():
+        try:
+            with safe_open(file, "numpy") as f: config, arrays = json.loads(f.metadata()["target"]), {k: f.get_tensor(k) for k in f.keys()}
+            return replace(restored_target(config, arrays), unseen=arrays["unseen"])
+        except (SafetensorError, KeyError, TypeError, ValueError): file.unlink()  # not what it should be: fitted again
+    made = fit()
+    config, arrays = target_state(made)
+    with atomic_write(file) as path: save_file({k: np.ascontiguousarray(v) for k, v in (arrays | {"unseen": np.asarray(made.unseen, float)}).items()}, path, {"target": json.dumps(config, allow_nan=False)})
+    return made
+
 # %% ../../nbs/adapt/68_stacked.ipynb #st000072
 def fit_stacked(
     records: Records,                         # with targets; missing values are NaN
     spec: StackedSpec | None = None,          # None: `default_spec` of the domain
     kinds: Mapping[str, str] | None = None,   # target → "regression" or "binary"; None: as the values say
+    keep: str | Path = "",                    # folder in which fitted targets are kept, so that a fit that was cut off goes on; empty: none
 ) -> Stacked:
     "Fit predictors of all targets."
     spec = default_spec(records.domain) if spec is None else spec
@@ -814,8 +867,10 @@ def fit_stacked(
         there = np.flatnonzero(np.isfinite(y))
         now = time.perf_counter()
         until = None if spec.budget is None else now + (begun + spec.budget - now) / (len(found) - i)
-        whole = len(there) == len(F)
-        made.append(fit_target(name, kind, records.targets[name], F if whole else F.take(there), similar if whole else among(similar, there), y[there], spec, until, None if formulas is None else formulas[there]))
+        whole, groups = len(there) == len(F), None if formulas is None else formulas[there]
+        some, unit = F if whole else F.take(there), records.targets[name]
+        fit = lambda: fit_target(name, kind, unit, some, similar if whole else among(similar, there), y[there], spec, until, groups)  # noqa: B023  called at once
+        made.append(kept_target(keep, fit_digest(some, y[there], groups, name, kind, unit, spec.to_json()) if keep else "", fit))
         unseen[name] = _spread_out(np.asarray(made[-1].unseen, float), kept[there], len(records))
         for m in made[-1].members.values():
             if not whole and isinstance(m, KernelMember): m.marks = there[m.marks]
@@ -835,11 +890,9 @@ def save_stacked(
     folder, arrays, targets = Path(folder), {"descriptors": model.train.descriptors, "embedding": model.train.embedding}, []
     for name, p in zip(model.reader.prints, model.train.prints, strict=True): arrays |= {f"{name}.columns": p.indices.astype(np.int32), f"{name}.ends": p.indptr.astype(np.int64)}
     for i, t in enumerate(model.targets):
-        if t.errors is not None: arrays[f"{i}.errors"] = t.errors
-        states = {name: m.state() for name, m in t.members.items()}
-        arrays |= {f"{i}.{name}.{k}": v for name, (_, a) in states.items() for k, v in a.items()}
-        targets.append({"name": t.name, "kind": t.kind, "unit": t.unit, "members": {n: c for n, (c, _) in states.items()}, "weights": t.weights.tolist(), "about": t.about,
-                        "scale": t.scale.to_dict(), "curves": [c.to_dict() for c in t.curves], "spread": t.spread and t.spread.to_dict(), "conformal": t.conformal and t.conformal.to_dict()})
+        config, own = target_state(t)
+        targets.append(config)
+        arrays |= {f"{i}.{k}": v for k, v in own.items()}
     with atomic_write(folder / "model.safetensors") as path: save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, path)
     config = {"format": 2, "spec": model.spec.to_dict(), "reader": model.reader.save(folder), "limit": model.limit, "targets": targets, "weights_sha256": sha256_file(folder / "model.safetensors")}
     with atomic_write(folder / "stacked.json") as path: path.write_text(json.dumps(config, indent=1, allow_nan=False))
@@ -887,7 +940,7 @@ def loaded(folder: str | Path) -> Stacked:
         spec, reader = StackedSpec.from_dict(config["spec"]), load_reader(config["reader"], Path(folder))
         prints = tuple(bit_matrix(arrays[f"{n}.columns"], arrays[f"{n}.ends"]) for n in reader.prints)
         _ = arrays["descriptors"], arrays["embedding"]
-        targets = [_target(i, t, arrays) for i, t in enumerate(config["targets"])]
+        targets = [restored_target(t, _under(i, arrays)) for i, t in enumerate(config["targets"])]
     except (KeyError, TypeError, IndexError) as e: raise BadInput(f"{folder} is not complete: {e}") from e
     return Stacked(spec, reader, Features(prints, arrays["descriptors"], arrays["embedding"]), targets, config["limit"])
 
@@ -895,12 +948,3 @@ def load_stacked(folder: str | Path) -> Stacked | OfStructures:
     "Read a folder; offline, nothing unpickled. A predictor of crystals comes as what reads structures."
     found = loaded(folder)
     return OfStructures(found) if found.reader.domain == "crystal" else found
-
-# %% ../../nbs/adapt/68_stacked.ipynb #st000081
-def _target(i: int, t: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Target:
-    members = {}
-    for name, c in t["members"].items():
-        cls: Any = {"boosting": BoostingMember, "trees": TreesMember}.get(pick(name, MEMBERS, "member"), KernelMember)
-        members[name] = cls.restore(c, {k.split(".")[2]: v for k, v in arrays.items() if k.startswith(f"{i}.{name}.")})
-    return Target(t["name"], t["kind"], t["unit"], members, np.array(t["weights"]), t["about"], Scale.from_dict(t["scale"]), tuple(Platt.from_dict(c) for c in t["curves"]),
-                  t["spread"] and Spread.from_dict(t["spread"]), t["conformal"] and SplitConformal.from_dict(t["conformal"]), arrays.get(f"{i}.errors"))

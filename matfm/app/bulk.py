@@ -279,7 +279,7 @@ def answers_of(
         frame, rejected = predict_table(model, pl.DataFrame({"structure": clean}, {"structure": pl.String}), level=level, **{"smiles" if molecules else "cif": "structure"})
         if near is not None: frame = frame.with_columns(in_domain=pl.Series(near.holds(clean), dtype=pl.Boolean))
     cells = cells_of(frame, [t.name for t in model.targets] if stacked else list(model.task.names))
-    why = dict(rejected.frame.select("row", "reason").rows())
+    why = dict(rejected.frame.select("row", "reason").rows()) if len(rejected) else {}
     places = [first[s] for s in structures]
     return [cells[k] for k in places], {i: why[k] for i, k in enumerate(places) if k in why}
 
@@ -336,11 +336,12 @@ def serve(pipe: Any, opener: Callable[[str], Callable[[list[str]], Answer]], arg
 
 # %% ../../nbs/app/96_bulk.ipynb #bk000027b
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    "Processes that are started here calculate on one core each."
-    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-    before = {n: os.environ.get(n) for n in names}
-    os.environ.update(dict.fromkeys(names, "1"))
+def _worker_settings() -> Iterator[None]:
+    "Processes that are started here calculate on one core each, and keep the memory they had for the next batch (glibc)."
+    wanted = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    wanted |= {n: os.environ.get(n, str(size)) for n, size in (("MALLOC_MMAP_THRESHOLD_", 2**25), ("MALLOC_TRIM_THRESHOLD_", 2**30))}
+    before = {n: os.environ.get(n) for n in wanted}
+    os.environ.update(wanted)
     try: yield
     finally:
         for n, v in before.items(): os.environ.pop(n) if v is None else os.environ.update({n: v})
@@ -353,7 +354,7 @@ class Worker:
         context = get_context("spawn")
         self.pipe, there = context.Pipe()
         self.process = context.Process(target=serve, args=(there, opener, argument), daemon=True)
-        with _one_thread(): self.process.start()
+        with _worker_settings(): self.process.start()
         there.close()
         self.piece: Piece | None = None
         self.ready, self.lost, self.patience, self.until = False, False, patience, math.inf
@@ -391,14 +392,17 @@ def answered(
     source = iter(pieces)
     again = deque(islice(source, jobs))
     crew = [Worker(opener, argument, patience) for _ in again]  # no more of them than there is work for
+    found: list[tuple[Piece, Answer]] = []
     try:
         while again or any(w.piece for w in crew):
             for w in crew:
                 if again and w.ready and not w.piece: w.give(again.popleft())
                 if not again and (piece := next(source, None)): again.append(piece)
+            yield from found  # whoever wants it may write it while the next are worked on
             busy = [w for w in crew if w.piece or not w.ready]
             wait([w.pipe for w in busy], timeout=max(0.0, min(1.0, *(w.until - time.monotonic() for w in busy))))
-            for w in busy: yield from _collected(w, crew, again, lambda: Worker(opener, argument, patience))
+            found = [a for w in busy for a in _collected(w, crew, again, lambda: Worker(opener, argument, patience))]
+        yield from found
     finally:
         for w in crew: w.stop()
 
@@ -475,7 +479,7 @@ def write_part(
 ) -> None:
     "Write a chunk; when its file is there, its rejected rows are too."
     aside = [(rows[i][0] if named else first + i, first + i, " ".join(_even(rows[i], width)[column].split())[:120], " ".join(why[i].split())) for i in sorted(why)]
-    _write(parts / f"{k:07d}.rejected.csv", aside)
+    if aside: _write(parts / f"{k:07d}.rejected.csv", aside)
     _write(parts / f"{k:07d}.csv", (_even(r, width) + _even(c, added) for r, c in zip(rows, cells, strict=True)))
 
 # %% ../../nbs/app/96_bulk.ipynb #bk000034b
@@ -485,8 +489,8 @@ def join_parts(parts: Path, n: int, out: Path, head: list[str]) -> int:
     for target, ending, names in [(beside, ".rejected.csv", ["id", "row", "value", "reason"]), (out, ".csv", head)]:
         with atomic_write(target) as tmp, open(tmp, "wb") as f:
             f.write((",".join(names) if target == beside else _line(names)).encode("utf-8", "surrogateescape") + b"\n" * (target == beside))
-            for k in range(n):
-                data = (parts / f"{k:07d}{ending}").read_bytes()
+            for part in (parts / f"{k:07d}{ending}" for k in range(n)):
+                data = b"" if target == beside and not part.exists() else part.read_bytes()
                 f.write(data)
                 lost += data.count(b"\n") if target == beside else 0
     if not lost: beside.unlink(missing_ok=True)

@@ -46,7 +46,7 @@ class Rejected:
         if not isinstance(frame, pl.DataFrame):
             rows = [(str(i), int(r), _short(v), str(why)) for i, r, v, why in frame]
             frame = pl.DataFrame(rows, schema=REJECTED_SCHEMA, orient="row")
-        self.frame = frame.select(REJECTED_SCHEMA.keys())
+        self.frame = frame if frame.columns == list(REJECTED_SCHEMA) else frame.select(REJECTED_SCHEMA.keys())
 
     @classmethod
     def empty(cls) -> Self: return cls()
