@@ -26,7 +26,7 @@ from ..data.splits import PARTS, Split
 from ..run.results import load_json, save_json
 
 # %% auto #0
-__all__ = ['PROGRAMS', 'peer_table', 'with_valid', 'chemprop', 'tree_bytes', 'run_program', 'train_peer', 'rounded',
+__all__ = ['PROGRAMS', 'THREADS', 'peer_table', 'with_valid', 'chemprop', 'tree_bytes', 'run_program', 'train_peer', 'rounded',
            'collect_peers', 'NoPrediction', 'Peer']
 
 # %% ../../nbs/evaluate/86_peers.ipynb #689c1f86
@@ -72,12 +72,20 @@ def tree_bytes(process: Any) -> int:  # psutil's
         except psutil.Error: pass  # it has just ended
     return total
 
-def run_program(argv: Sequence[str], log: Path, every: float = 0.1) -> dict[str, Any]:  # every: seconds between two looks at the memory
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+def run_program(
+    argv: Sequence[str],
+    log: Path,
+    threads: int | None = None,  # that the program may calculate with; None: as the environment says
+    every: float = 0.1,          # seconds between two looks at the memory
+) -> dict[str, Any]:
     "Run a program to its end; its exit status, seconds, processor seconds (None where the system does not tell), and its largest memory in MiB with all that it started."
     import psutil
     begun, peak, cpu = time.perf_counter(), 0, None
+    env = os.environ | ({} if threads is None else dict.fromkeys(THREADS, str(threads)))
     with open(log, "w", encoding="utf-8") as file:
-        try: running = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
+        try: running = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=env)
         except OSError as e: raise BadInput(f"{argv[0]} cannot be started: {e}") from e
         while running.returncode is None:
             try: peak = max(peak, tree_bytes(psutil.Process(running.pid)))
@@ -100,6 +108,7 @@ def train_peer(
     targets: Sequence[str],
     kind: str,         # "regression" or "binary"
     work: str | Path,  # folder that keeps tables, logs, models and notes
+    threads: int | None = None,  # that the program may calculate with; None: as the environment says
 ) -> dict[str, Any]:
     "The note of a training: what it was made from, whether it is `done`, and what it took."
     place = Path(work).absolute() / f"{name}_{seed}"
@@ -110,10 +119,10 @@ def train_peer(
     table, out, log = place / "table.csv", place / "out", place / "log.txt"
     peer_table(table, records, split.replace(records=""), targets)
     argv, where = PROGRAMS[pick(program, list(PROGRAMS), "program")](table, len(targets), kind, out)
-    took = run_program([executable, *argv], log)
+    took = run_program([executable, *argv], log, threads)
     done = took["exit"] == 0 and where.is_file()
     shown = ["" if a in (str(table), str(out)) else a for a in argv]
-    run = what | took | {"state": "done" if done else "failed", "threads": os.environ.get("OMP_NUM_THREADS", ""), "argv": shown, "predictions": where.relative_to(place).as_posix(), "error": "" if done else log.read_text(encoding="utf-8", errors="replace")[-2000:]}
+    run = what | took | {"state": "done" if done else "failed", "threads": os.environ.get("OMP_NUM_THREADS", "") if threads is None else str(threads), "argv": shown, "predictions": where.relative_to(place).as_posix(), "error": "" if done else log.read_text(encoding="utf-8", errors="replace")[-2000:]}
     save_json(run, note)
     return run
 
