@@ -8,7 +8,7 @@ Docs: https://matfm.github.io/matfm/adapt/features.html.md"""
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import chain
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['PRINTS', 'LEVELS', 'SLOTS', 'QUICK', 'SLOW', 'SHIPPED', 'UNUSUAL', 'DENSE', 'EVERYTHING', 'bit_matrix', 'unary_bits',
-           'pattern_counts', 'Columns', 'Overlap', 'quick_descriptors', 'Features', 'encoder_of', 'embeddings',
-           'quick_molecule', 'molecule_features', 'print_similarity', 'mean_similarity', 'Pairs', 'blocks', 'pairs',
-           'among', 'MoleculeReader']
+           'pattern_counts', 'Columns', 'blocks', 'Overlap', 'quick_descriptors', 'Features', 'encoder_of',
+           'embeddings', 'quick_molecule', 'molecule_features', 'print_similarity', 'similarities', 'mean_similarity',
+           'Pairs', 'pairs', 'among', 'MoleculeReader']
 
 # %% ../../nbs/adapt/65_features.ipynb #st000009
 PRINTS = ("ecfp", "fcfp", "atom_pair", "topological_torsion")
@@ -77,7 +77,7 @@ def pattern_counts(
     name: str,              # of `PRINTS` or `QUICK`
 ) -> list[dict[int, int]]:  # of each molecule: how often each pattern occurs
     "One fingerprint of all molecules."
-    return [_generator(name).GetSparseCountFingerprint(m).GetNonzeroElements() for m in mols]
+    return [f.GetNonzeroElements() for f in _generator(name).GetSparseCountFingerprints(tuple(mols))]
 
 # %% ../../nbs/adapt/65_features.ipynb #710bbeac
 class Columns:
@@ -93,6 +93,8 @@ class Columns:
         ends = np.concatenate([[0], np.cumsum(there)])[bits.indptr]
         return csr_matrix((np.ones(ends[-1], np.int16), found[there], ends), shape=(bits.shape[0], self.n))
 
+def blocks(rows: np.ndarray, size: int = 2048) -> list[np.ndarray]: return [rows[k:k + size] for k in range(0, len(rows), size)]
+
 # %% ../../nbs/adapt/65_features.ipynb #st200002
 class Overlap:
     "Tanimoto similarities to molecules that stay the same, e.g. the training molecules."
@@ -105,18 +107,20 @@ class Overlap:
         self.dense, self.sparse = np.ascontiguousarray(self.picks[0](bits).toarray().T), self.picks[1](bits).T.tocsr()
 
     def __call__(self, bits: Any) -> np.ndarray:  # [n, SLOTS × LEVELS] -> [n, N] float32
+        return np.vstack([np.zeros((0, len(self.size)), np.float32), *self.pieces(bits)])
+
+    def pieces(self, bits: Any) -> Iterator[np.ndarray]:
+        "The same, some rows after the others: as many as fit into a processor's cache."
         shared, few = self.picks[0](bits) @ self.dense, self.picks[1](bits) @ self.sparse  # no column twice in a row of `few`
-        shared[np.repeat(np.arange(len(shared)), np.diff(few.indptr)), few.indices] += few.data
-        out, own, size = np.empty(shared.shape, np.float32), bits.getnnz(axis=1), np.maximum(self.size, 1).astype(np.float32)
-        step = max(1, 2**17 // max(len(size), 1))
-        for rows in (slice(s, s + step) for s in range(0, len(shared), step)):  # what fits into a processor's cache
-            both = out[rows]
-            both[...] = shared[rows]
+        own, size = bits.getnnz(axis=1), np.maximum(self.size, 1).astype(np.float32)
+        shared.reshape(-1)[np.repeat(np.arange(len(shared)) * len(size), np.diff(few.indptr)) + few.indices] += few.data
+        for rows in blocks(np.arange(len(shared)), max(1, 2**17 // max(len(size), 1))):
+            both = shared[rows[0]:rows[-1] + 1].astype(np.float32)
             either = size - both
             either += own[rows, None].astype(np.float32)
             both /= either
-        out[np.ix_(own == 0, self.size == 0)] = 1  # two molecules without patterns
-        return out
+            both[np.ix_(own[rows] == 0, self.size == 0)] = 1  # two molecules without patterns
+            yield both
 
 # %% ../../nbs/adapt/65_features.ipynb #st000014
 SLOW = ("BCUT2D", "qed", "SPS")
@@ -178,14 +182,14 @@ def embeddings(
     return out
 
 # %% ../../nbs/adapt/65_features.ipynb #89e68aa2
-UNUSUAL = re.compile(r"\[\d*H|\s")  # hydrogen as an atom, or something after the SMILES
+UNUSUAL = re.compile(r"\[\d*(?:H|(?!(?:Cl|Br|Si|Se|As|se|as|[BCNOFPSIbcnops])(?![a-z])))|\s")  # hydrogen as an atom, a metal, or something after the SMILES
 
 @cache
 def _quick_ways() -> tuple[Any, Any]:
     from rdkit import Chem
     way: Any = Chem.SmilesParserParams()
     way.sanitize, way.removeHs = False, False
-    left_out = ("HYBRIDIZATION", "CONJUGATION", "RADICALS", "CLEANUPCHIRALITY", "CLEANUPATROPISOMERS")
+    left_out = ("HYBRIDIZATION", "CONJUGATION", "RADICALS", "ORGANOMETALLICS", "CLEANUPCHIRALITY", "CLEANUPATROPISOMERS")
     flags = [int(f) for name, f in Chem.SanitizeFlags.names.items() if name.endswith(left_out)]
     return way, int(Chem.SanitizeFlags.SANITIZE_ALL) & ~sum(flags)
 
@@ -239,16 +243,19 @@ def molecule_features(
 # %% ../../nbs/adapt/65_features.ipynb #fe000007
 def print_similarity(A: Features, B: Features) -> np.ndarray:
     "Mean Tanimoto similarity over the fingerprints, [n, m] float64."
-    return mean_similarity([o(a) for a, o in zip(A.prints, B.overlaps, strict=True)])
+    out, at = np.empty((len(A), len(B))), 0
+    for each in similarities(A, B):
+        out[at:(at := at + len(each[0]))] = mean_similarity(each)
+    return out
+
+def similarities(A: Features, B: Features) -> Iterator[tuple[np.ndarray, ...]]:
+    "Of each fingerprint that A has, a few rows after the others."
+    yield from zip(*(o.pieces(a) for a, o in zip(A.prints, B.overlaps, strict=False)), strict=True)
 
 def mean_similarity(each: Sequence[np.ndarray]) -> np.ndarray:  # [n, m] each -> [n, m] float64
-    "Of several similarities, in pieces that fit into a processor's cache."
-    total: np.ndarray = np.empty(each[0].shape)
-    step = max(1, 2**16 // max(total.shape[1], 1))
-    for rows in (slice(s, s + step) for s in range(0, len(total), step)):
-        total[rows] = each[0][rows]
-        for one in each[1:]: total[rows] += one[rows].astype(np.float64)
-        total[rows] /= len(each)
+    total = each[0].astype(np.float64)
+    for one in each[1:]: total += one.astype(np.float64)
+    total /= len(each)
     return total
 
 # %% ../../nbs/adapt/65_features.ipynb #fe00000b
@@ -268,7 +275,6 @@ class Pairs:
         if self.last[0] != (asked := columns.tobytes()): self.last = (asked, self.F.take(columns))
         return np.vstack([print_similarity(self.F.take(r), self.last[1]) for r in blocks(rows)]) if len(rows) else np.zeros((0, len(columns)))
 
-def blocks(rows: np.ndarray, size: int = 2048) -> list[np.ndarray]: return [rows[k:k + size] for k in range(0, len(rows), size)]
 def pairs(F: Features) -> np.ndarray | Pairs: return print_similarity(F, F) if len(F) <= DENSE else Pairs(F)
 def among(similar: np.ndarray | Pairs, rows: np.ndarray) -> np.ndarray | Pairs:
     "The pairs among some rows."

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 
-from .features import LEVELS, SLOTS, Features, Pairs, among, bit_matrix, blocks, mean_similarity, pairs, print_similarity
+from .features import LEVELS, SLOTS, Features, Pairs, among, bit_matrix, blocks, mean_similarity, pairs, print_similarity, similarities
 from .material_features import Reader, check_also, load_reader, reader_for
 from .. import __version__
 from ..core import BadInput, Spec, atomic_write, pick, sha256_file
@@ -40,9 +40,9 @@ __all__ = ['MEMBERS', 'LIGHT', 'MATERIALS', 'CRYSTALS', 'SHARES', 'LEARNT', 'LEN
            'Trees', 'flat_trees', 'joined_trees', 'grow', 'BoostingMember', 'fit_boosting', 'TreesMember', 'fit_trees',
            'squared_error', 'absolute_error', 'logit_loss', 'blend', 'Scale', 'choose_scale', 'Spread', 'Target',
            'fit_members', 'contributions', 'whole_folds', 'usable_folds', 'nearest', 'judged', 'fit_target', 'Stacked',
-           'predict_batch', 'stream_predictions', 'said', 'stacked_html', 'kinds_of', 'target_state', 'restored_target',
-           'fit_digest', 'kept_target', 'fit_stacked', 'save_stacked', 'read_stacked', 'OfStructures', 'loaded',
-           'load_stacked']
+           'scored', 'predict_batch', 'stream_predictions', 'said', 'stacked_html', 'kinds_of', 'target_state',
+           'restored_target', 'fit_digest', 'kept_target', 'fit_stacked', 'save_stacked', 'read_stacked',
+           'OfStructures', 'loaded', 'load_stacked']
 
 # %% ../../nbs/adapt/68_stacked.ipynb #st000005
 MEMBERS = ("kernel", "boosting", "trees", "circular")
@@ -739,6 +739,25 @@ class Stacked:
     def _repr_html_(self) -> str: return stacked_html(self)
 
 # %% ../../nbs/adapt/68_stacked.ipynb #st000067
+def scored(model: Stacked, F: Features, uses: Collection[str]) -> tuple[list[np.ndarray], np.ndarray]:
+    "Of each target the members' scores [n, M], zero where a member does not count; and the similarity to the nearest training record [n]."
+    scores, near, at = [np.zeros((len(F), len(t.members))) for t in model.targets], np.zeros(len(F)), 0
+    used = [(s, k, m) for t, s in zip(model.targets, scores, strict=True) for k, (name, m) in enumerate(t.members.items()) if name in t.active]
+    alone = uses == {"prints"}  # then similarities are all that is needed, and they need not be kept
+    whole: list[np.ndarray] = []
+    for each in similarities(F, model.train):
+        rows = slice(at, at := at + len(each[0]))
+        near[rows] = each[0].max(axis=1)
+        if not used or "prints" not in uses: continue
+        similar = mean_similarity(each)
+        if not alone: whole.append(similar)
+        else:
+            for s, k, m in used: s[rows, k] = m.scores(F, similar, model.train)
+    if not alone and len(F):
+        similar = np.vstack(whole) if whole else np.zeros((len(F), len(model.train)))
+        for s, k, m in used: s[:, k] = m.scores(F, similar, model.train)
+    return scores, near
+
 def predict_batch(
     model: Stacked,
     records: Records,
@@ -748,12 +767,10 @@ def predict_batch(
     "Predictions of one batch."
     uses = model.uses
     F, kept, rejected = model.reader(records, uses)
-    each = [overlap(bits) for overlap, bits in zip(model.train.overlaps, F.prints, strict=False)]
-    similar, near = mean_similarity(each) if "prints" in uses else np.zeros((len(F), len(model.train))), each[0].max(axis=1).astype(np.float64)
+    scores, near = scored(model, F, uses)
     columns: dict[str, Any] = {"id": pl.Series(records.ids, dtype=pl.String)}
-    for t in model.targets:
-        scores = np.column_stack([m.scores(F, similar, model.train) if len(kept) and name in t.active else np.zeros(len(F)) for name, m in t.members.items()])
-        for name, v in t.predict(scores, near, level).items(): columns[name] = _spread_out(v, kept, len(records))
+    for t, s in zip(model.targets, scores, strict=True):
+        for name, v in t.predict(s, near, level).items(): columns[name] = _spread_out(v, kept, len(records))
     columns["similarity"] = shown = pl.Series(_spread_out(near, kept, len(records)))
     columns["in_domain"] = shown.fill_nan(None) >= model.limit
     return pl.DataFrame(columns), Rejected(rejected.frame.with_columns(pl.col("row") + first)) if len(rejected) and first else rejected
