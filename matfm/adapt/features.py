@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from matfm.models.zoo import Pretrained
 
 # %% auto #0
-__all__ = ['PRINTS', 'LEVELS', 'SLOTS', 'QUICK', 'SLOW', 'SHIPPED', 'UNUSUAL', 'DENSE', 'EVERYTHING', 'bit_matrix', 'unary_bits',
-           'pattern_counts', 'Columns', 'blocks', 'Overlap', 'quick_descriptors', 'Features', 'encoder_of',
-           'embeddings', 'quick_molecule', 'molecule_features', 'print_similarity', 'similarities', 'mean_similarity',
-           'Pairs', 'pairs', 'among', 'MoleculeReader']
+__all__ = ['PRINTS', 'LEVELS', 'SLOTS', 'QUICK', 'SLOW', 'SHIPPED', 'UNUSUAL', 'TOGETHER', 'DENSE', 'EVERYTHING', 'bit_matrix',
+           'unary_bits', 'pattern_counts', 'Columns', 'blocks', 'Overlap', 'quick_descriptors', 'Features',
+           'encoder_of', 'embeddings', 'quick_molecule', 'molecule_features', 'print_similarity', 'similarities',
+           'mean_similarity', 'Pairs', 'pairs', 'among', 'MoleculeReader']
 
 # %% ../../nbs/adapt/65_features.ipynb #st000009
 PRINTS = ("ecfp", "fcfp", "atom_pair", "topological_torsion")
@@ -119,7 +119,7 @@ class Overlap:
             either = size - both
             either += own[rows, None].astype(np.float32)
             both /= either
-            both[np.ix_(own[rows] == 0, self.size == 0)] = 1  # two molecules without patterns
+            if not own[rows].all(): both[np.ix_(own[rows] == 0, self.size == 0)] = 1  # two molecules without patterns
             yield both
 
 # %% ../../nbs/adapt/65_features.ipynb #st000014
@@ -212,6 +212,8 @@ def _known(encoder: Pretrained, items: Sequence[Any]) -> np.ndarray:  # [n, d]
     if there.any(): out[there] = embeddings(encoder, [i for i in items if i is not None])
     return out
 
+TOGETHER = 32  # molecules that stay in a processor's cache until they are done with
+
 def molecule_features(
     records: Records,
     descriptors: MoleculeDescriptors | None,
@@ -223,19 +225,24 @@ def molecule_features(
     from rdkit.Chem import MolFromSmiles
     parse = quick_molecule if descriptors is None and encoder is None and set(prints) <= set(QUICK) else MolFromSmiles
     pick(records.domain, ["molecule"], "kind of record for a stacked predictor")
+    structures, counts = records.structures(), {name: list[dict[int, int]]() for name in prints}
     mols, items, kept, bad = [], [], [], []
     with rdBase.BlockLogs():  # once; `read_molecule`, which blocks and explains, has the last word on what fails
-        for i, smiles in enumerate(records.structures()):
-            try:
-                mol = parse(smiles) if isinstance(smiles, str) else None
-                if mol is None or mol.GetNumAtoms() == 0: mol = read_molecule(smiles)
-            except BadInput as e: bad.append((records.ids[i], i, smiles, str(e)))
-            else:
-                mols.append(mol)
-                kept.append(i)
-                if encoder is not None: items.append(_item(encoder, smiles))
-    bits = tuple(unary_bits(pattern_counts(mols, name)) for name in prints)
-    empty = np.zeros((len(mols), 0), np.float32)
+        for start in range(0, len(structures), TOGETHER):
+            some = []
+            for i, smiles in enumerate(structures[start:start + TOGETHER], start):
+                try:
+                    mol = parse(smiles) if isinstance(smiles, str) else None
+                    if mol is None or mol.GetNumAtoms() == 0: mol = read_molecule(smiles)
+                except BadInput as e: bad.append((records.ids[i], i, smiles, str(e)))
+                else:
+                    some.append(mol)
+                    kept.append(i)
+                    if encoder is not None: items.append(_item(encoder, smiles))
+            for name in prints: counts[name] += pattern_counts(some, name)
+            if descriptors is not None: mols += some
+    bits = tuple(unary_bits(c) for c in counts.values())
+    empty = np.zeros((len(kept), 0), np.float32)
     values = empty if descriptors is None else descriptors.rows(mols) if mols else np.zeros((0, len(descriptors.names)), np.float32)
     return Features(bits, values, empty if encoder is None else _known(encoder, items)), np.array(kept, np.int64), Rejected(bad)
 

@@ -462,7 +462,7 @@ def _part_folder(out: Path, plan: dict[str, Any]) -> tuple[Path, set[int]]:
 def _write(path: Path, rows: Iterable[Sequence[Any]]) -> None:
     with atomic_write(path) as tmp, open(tmp, "w", encoding="utf-8", errors="surrogateescape", newline="") as f: csv.writer(f, lineterminator="\n").writerows(rows)
 
-def _even(row: list[str], width: int) -> list[str]: return (row + [""] * width)[:width]
+def _even(row: list[str], width: int) -> list[str]: return row if len(row) == width else (row + [""] * width)[:width]
 
 # %% ../../nbs/app/96_bulk.ipynb #bk000034a
 def write_part(
