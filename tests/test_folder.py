@@ -120,3 +120,18 @@ def test_nothing_that_was_right_is_refused(mirror):
     texts = load_frame("mp_20", 300)["cif"].drop_nulls().to_list()
     made = [Crystal.from_cif(t) for t in texts]
     assert len(made) > 250 and all(len(Crystal.from_cif(c.to_cif())) == len(c) for c in made[:50])
+
+
+def test_reasons_of_a_run_that_was_cut_off_do_not_stay(tmp_path):
+    "A row that ran out of time before the kill may be answered after it."
+    from matfm.app.bulk import join_parts, write_part
+    parts = tmp_path / "p.csv.parts"
+    parts.mkdir()
+    rows = [["CCO"], ["CC"]]
+    write_part(parts, 0, 0, rows, [["1"], []], {1: "no answer within 60 s"}, 0, 1, 1)
+    (parts / "0000000.csv").unlink()
+    write_part(parts, 0, 0, rows, [["1"], ["2"]], {}, 0, 1, 1)
+    write_part(parts, 1, 2, [["C1CC"]], [[]], {0: "not a SMILES"}, 0, 1, 1)
+    assert join_parts(parts, 2, tmp_path / "p.csv", ["smiles", "y"]) == 1
+    assert (tmp_path / "p.csv").read_text() == "smiles,y\nCCO,1\nCC,2\nC1CC,\n"
+    assert (tmp_path / "p.rejected.csv").read_text() == "id,row,value,reason\n2,2,C1CC,not a SMILES\n"

@@ -479,7 +479,9 @@ def write_part(
 ) -> None:
     "Write a chunk; when its file is there, its rejected rows are too."
     aside = [(rows[i][0] if named else first + i, first + i, " ".join(_even(rows[i], width)[column].split())[:120], " ".join(why[i].split())) for i in sorted(why)]
-    if aside: _write(parts / f"{k:07d}.rejected.csv", aside)
+    beside = parts / f"{k:07d}.rejected.csv"
+    if aside: _write(beside, aside)
+    else: beside.unlink(missing_ok=True)  # of a run that was cut off before the chunk was written
     _write(parts / f"{k:07d}.csv", (_even(r, width) + _even(c, added) for r, c in zip(rows, cells, strict=True)))
 
 # %% ../../nbs/app/96_bulk.ipynb #bk000034b
